@@ -1,0 +1,1 @@
+"""The quickstart: small real networks on real handwritten digits, taken through the whole job once."""

@@ -1,0 +1,174 @@
+"""`ensemerge demo`: train, ensemble, merge, serve, measure, on real handwritten digits."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from ensemerge.demo import digits
+from ensemerge.demo.check import check_counters
+from ensemerge.demo.make import COLLAPSED, ENSEMBLE, EXPERIMENT, MEMBERS, MERGED, STRANGERS, make_models
+from ensemerge.demo.measure import IN_FLIGHT, Measurement, measure, send_labels
+from ensemerge.demo.serving import running_server
+from ensemerge.errors import EnsemergeError
+from ensemerge.measures.intervals import paired_difference
+from ensemerge.measures.scores import accuracy, agreement, correct
+from ensemerge.progress import Notify
+from ensemerge.report.page import write_page
+from ensemerge.report.progress import bars
+from ensemerge.report.scorecard import Answers, Comparison, Report, score
+from ensemerge.report.terminal import show
+from ensemerge.repository import Repository
+from ensemerge_client import ClientError
+
+STREAM_SEED = 41
+USERS_SEED = 43
+REPORT_FILE = "report.html"
+WHAT = {
+    "digits-base": "the start of the fine-tunes",
+    "digits-a": "fine-tune on shifted digits",
+    "digits-b": "fine-tune on rotated digits",
+    "digits-c": "fine-tune on noisy digits",
+    "digits-x": "trained on its own",
+    "digits-y": "trained on its own",
+    ENSEMBLE: "mean probability of a, b, c, one graph",
+    MERGED: "weights of a, b, c averaged",
+    COLLAPSED: "weights of x, y averaged",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train, ensemble, merge, serve and measure small networks on real handwritten digits."""
+    options = _parser().parse_args(arguments)
+    console = Console()
+    try:
+        report = run(Repository(options.repository, create=True), options.report, options.requests, console)
+    except (EnsemergeError, ClientError) as error:
+        console.print(f"[red]error:[/red] {error}")
+        return 1
+    show(report, console)
+    console.print(f"\nThe report with plots: {options.report}")
+    console.print(f"Serve these models for good: [bold]ensemerge serve {options.repository}[/bold]", soft_wrap=True)
+    return 0
+
+
+def run(repository: Repository, page: Path, requests: int, console: Console) -> Report:
+    """Do the whole job once and write the page. Raises EnsemergeError, ClientError."""
+    train_images, held_out = digits.load()
+    stream = digits.traffic(held_out, requests, STREAM_SEED)
+    with bars(console) as notify:
+        make_models(repository, train_images, held_out, notify)
+        measurements = asyncio.run(_serve_and_measure(repository, stream, notify))
+    report = _report(measurements, stream)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    shown = [card for card in report.models if card.name in (ENSEMBLE, MERGED, COLLAPSED)]
+    write_page(report, shown, page)
+    return report
+
+
+async def _serve_and_measure(repository: Repository, stream: digits.Images, notify: Notify) -> list[Measurement]:
+    with running_server(repository.root) as addresses:
+        few = max(1, len(stream) // 10)
+        # The networks that no figure depends on get a tenth of the stream.
+        plan = dict.fromkeys(("digits-base", *STRANGERS), few)
+        plan |= dict.fromkeys((*MEMBERS, ENSEMBLE, MERGED, COLLAPSED, EXPERIMENT), len(stream))
+        measurements = await measure(addresses["grpc"], plan, stream, USERS_SEED, notify)
+        await send_labels(addresses["grpc"], measurements, stream, notify)
+        check_counters(addresses["metrics"], measurements, stream)
+    return measurements
+
+
+def _report(measurements: Sequence[Measurement], stream: digits.Images) -> Report:
+    answers = {measurement.model: _answers(measurement, stream) for measurement in measurements}
+    member_cost = float(np.mean([answers[name].cost for name in MEMBERS]))
+    experiment = next(measurement for measurement in measurements if measurement.model == EXPERIMENT)
+    models = [score(answers[name], member_cost) for name in WHAT]
+    arms = [score(arm, member_cost) for arm in _arms(experiment, answers)]
+    return Report(
+        title="Handwritten digits: an ensemble, a merge, and a merge that collapsed",
+        models=tuple(models),
+        arms=tuple(arms),
+        comparisons=tuple(_comparisons(answers)),
+        facts=tuple(_facts(answers, stream)),
+    )
+
+
+def _answers(measurement: Measurement, stream: digits.Images) -> Answers:
+    log = measurement.log
+    return Answers(
+        name=measurement.model,
+        what=WHAT.get(measurement.model, ""),
+        probabilities=np.stack(log.probabilities),
+        labels=stream.digits.numpy()[: measurement.rows],
+        latencies=np.array(log.latencies),
+        seconds=log.seconds,
+        cost=float(np.median(log.compute_seconds)),
+    )
+
+
+def _arms(experiment: Measurement, answers: dict[str, Answers]) -> list[Answers]:
+    """The experiment's answers, one group for each arm; an arm costs what its model costs."""
+    whole = answers[EXPERIMENT]
+    arms = np.array(experiment.log.arms)
+    models = {"ensemble": ENSEMBLE, "merged": MERGED}
+    return [
+        Answers(
+            name=f"{EXPERIMENT} / {arm}",
+            what=f"users whose hash leads to {model}",
+            probabilities=whole.probabilities[arms == arm],
+            labels=whole.labels[arms == arm],
+            latencies=whole.latencies[arms == arm],
+            seconds=whole.seconds,
+            cost=answers[model].cost,
+        )
+        for arm, model in models.items()
+    ]
+
+
+def _comparisons(answers: dict[str, Answers]) -> list[Comparison]:
+    best = max(MEMBERS, key=lambda name: accuracy(answers[name].probabilities, answers[name].labels))
+    sentences = (
+        (f"The ensemble against its best member, {best}", ENSEMBLE, best),
+        ("The merged fine-tunes against the ensemble", MERGED, ENSEMBLE),
+        ("The plain average of two independent networks against the ensemble", COLLAPSED, ENSEMBLE),
+    )
+    return [
+        Comparison(sentence, paired_difference(_hits(answers[first]), _hits(answers[second])))
+        for sentence, first, second in sentences
+    ]
+
+
+def _hits(answers: Answers) -> np.ndarray:
+    return np.asarray(correct(answers.probabilities, answers.labels))
+
+
+def _facts(answers: dict[str, Answers], stream: digits.Images) -> list[tuple[str, str]]:
+    disagree = 1 - agreement(answers[ENSEMBLE].probabilities, answers[MERGED].probabilities)
+    setting = digits.TRAFFIC
+    return [
+        ("Stream", f"{len(stream):,} requests of one image, drawn from {digits.TEST_IMAGES} held-out digits"),
+        ("Distortion", f"shift {setting.shift} px, rotation {setting.rotation}°, noise {setting.noise} (deviations)"),
+        ("Seeds", f"stream {STREAM_SEED}, users {USERS_SEED}"),
+        ("In flight", f"{IN_FLIGHT} requests from one client; cost measured with one in flight"),
+        ("Ensemble and merge disagree", f"on {disagree:.1%} of the requests"),
+    ]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ensemerge demo", description=main.__doc__, epilog="example: ensemerge demo --report report.html"
+    )
+    parser.add_argument("--repository", type=Path, default=Path("models/repository"), help="where the models go")
+    parser.add_argument("--report", type=Path, default=Path(REPORT_FILE), help="where the page goes")
+    parser.add_argument("--requests", type=int, default=20_000, help="length of the stream (default 20000)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

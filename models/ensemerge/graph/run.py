@@ -1,0 +1,58 @@
+"""The workshop's only door to ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+
+from ensemerge.errors import ExecutionFailed, InvalidData, InvalidModel
+
+Arrays = Mapping[str, np.ndarray]
+
+
+class Runner:
+    """A network ready to run on the CPU, whole arrays at a time, in batches of `batch_rows`.
+
+    Raises InvalidModel when ONNX Runtime does not accept the graph.
+    """
+
+    def __init__(self, model: ir.Model | Path, *, batch_rows: int = 256) -> None:
+        source = str(model) if isinstance(model, Path) else ir.to_proto(model).SerializeToString()
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        try:
+            self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's exceptions share no base class but this one
+            raise InvalidModel(f"ONNX Runtime does not accept the model: {error}") from error
+        self._batch_rows = batch_rows
+        self.inputs = {value.name: value.shape for value in self._session.get_inputs()}
+        self.outputs = [value.name for value in self._session.get_outputs()]
+
+    def run(self, feeds: Arrays, outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """Run the network on `feeds`, arrays `(rows, …)` by input name; the outputs come back `(rows, …)`."""
+        names = list(outputs or self.outputs)
+        parts = list(self.batches(feeds, names))
+        return {name: np.concatenate([part[name] for part in parts]) for name in names}
+
+    def batches(self, feeds: Arrays, outputs: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
+        """The outputs batch by batch, for results too large to keep. Raises InvalidData, ExecutionFailed."""
+        rows = self._rows(feeds)
+        for start in range(0, rows, self._batch_rows):
+            batch = {name: array[start : start + self._batch_rows] for name, array in feeds.items()}
+            try:
+                values = self._session.run(list(outputs), batch)
+            except Exception as error:
+                raise ExecutionFailed(f"the model failed on rows {start} and up: {error}") from error
+            yield dict(zip(outputs, values, strict=True))
+
+    def _rows(self, feeds: Arrays) -> int:
+        if set(feeds) != set(self.inputs):
+            raise InvalidData(f"expected arrays for {sorted(self.inputs)}, got {sorted(feeds)}")
+        counts = {len(array) for array in feeds.values()}
+        if len(counts) != 1 or 0 in counts:
+            raise InvalidData(f"expected arrays with one number of rows, at least 1; got {sorted(counts)}")
+        return counts.pop()

@@ -1,0 +1,1 @@
+"""Named tensors, wherever they are stored: read one at a time, never all at once."""

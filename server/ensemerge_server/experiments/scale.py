@@ -1,0 +1,41 @@
+"""One answer whatever the arm: a classifier on the scale of probabilities.
+
+An ensemble answers probabilities, a merged model logits under a name of its own. An experiment has one signature, so
+arms that differ are wrapped in this.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ensemerge.ensemble.combiners import to_probabilities
+from ensemerge.errors import EnsemergeError, InvalidModel
+from ensemerge.repository import Task
+from ensemerge_server.servable import Done, Reply, Request, Servable, Signature, TensorSpec
+
+OUTPUT = "probabilities"
+
+
+class Probabilities:
+    """A classifier whose only output is `probabilities`, `(batch, classes) float32`. Raises InvalidModel."""
+
+    def __init__(self, inner: Servable, task: Task) -> None:
+        spec = next((spec for spec in inner.signature.outputs if spec.name == task.output), None)
+        if spec is None or spec.datatype != "FP32":
+            raise InvalidModel(f"expected an FP32 output '{task.output}', as its task states; got {spec}")
+        self._inner = inner
+        self._task = task
+        output = TensorSpec(OUTPUT, "FP32", spec.shape)
+        self.signature = Signature(inner.signature.inputs, (output,), inner.signature.batched)
+
+    def submit(self, request: Request, done: Done) -> None:
+        inner = Request(
+            request.id, request.inputs, request.parameters, (self._task.output,), request.deadline, request.cancelled
+        )
+        self._inner.submit(inner, lambda outcome: done(self._converted(outcome)))
+
+    def _converted(self, outcome: Reply | EnsemergeError) -> Reply | EnsemergeError:
+        if isinstance(outcome, EnsemergeError):
+            return outcome
+        probabilities = to_probabilities(outcome.outputs[self._task.output], self._task.scale)
+        return Reply({OUTPUT: np.asarray(probabilities)}, outcome.version, outcome.parameters, outcome.timings)

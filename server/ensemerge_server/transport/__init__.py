@@ -1,0 +1,1 @@
+"""Thin adapters from a wire to the methods of `ensemerge_server.rpc`."""
