@@ -20,9 +20,10 @@ from ensemerge_server.experiments.spec import ExperimentSpec, parse_experiment
 from ensemerge_server.feedback import FeedbackService
 from ensemerge_server.http import HttpServer, health_routes, metrics_routes
 from ensemerge_server.kinds import builders
+from ensemerge_server.lifecycle import Lifecycle
 from ensemerge_server.metrics import Metrics
 from ensemerge_server.recording import PredictionIds, Recorder
-from ensemerge_server.service import HealthService, InferenceService, Lifecycle, Limits
+from ensemerge_server.service import HealthService, InferenceService, Limits
 from ensemerge_server.session import check_installation
 from ensemerge_server.settings import Settings
 from ensemerge_server.store.sqlite import SqliteStore
@@ -61,7 +62,7 @@ class Server:
         self._store = SqliteStore(settings.state_folder(repository.root) / STORE_FILE)
         self._writer = StoreWriter(self._store, metrics)
         self.catalogue.load_all()
-        metrics.watch(self.catalogue)
+        metrics.watch(self.catalogue, self._lifecycle)
         limits = Limits(settings.name, settings.id_bytes)
         recorder = Recorder(metrics, self._writer, PredictionIds())
         inference = InferenceService(self.catalogue, recorder, self._lifecycle, limits)
@@ -78,8 +79,8 @@ class Server:
 
     def stop(self) -> None:
         """Say that we are not ready, finish what is in flight, bring predictions and labels to disk, then go."""
-        self._lifecycle.stop()
-        self.grpc.stop(self._settings.drain_seconds)
+        self._lifecycle.stop(self._settings.drain_seconds)
+        self.grpc.stop()
         self.catalogue.close()
         self._writer.close()
         self.metrics.stop()

@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ensemerge.ensemble.spec import parse_ensemble
+from ensemerge.errors import InvalidSpec
+from ensemerge.fields import suggest
 from ensemerge.merge.recipe import parse_recipe
-from ensemerge.repository import Repository, Spec, Version, parse_reference
+from ensemerge.repository import Repository, Spec, Task, Version, parse_reference
 from ensemerge_server.batching import Batcher
 from ensemerge_server.catalogue import Builder, Deployed, Resolve
 from ensemerge_server.experiments.experiment import ArmModel, build_experiment
 from ensemerge_server.experiments.spec import parse_experiment
-from ensemerge_server.servable import Annotated, Servable
+from ensemerge_server.servable import Annotated, Servable, Signature
 from ensemerge_server.session import Session
 from ensemerge_server.settings import Settings
 
@@ -46,6 +48,7 @@ class FileKind:
             queue_requests=self.settings.queue_requests,
         )
         task = spec.task or (version.manifest.task if version.manifest else None)
+        _check_task(spec, task, session.signature)
         log.info("loaded %s:%d (%s) on %s", spec.name, version.number, spec.kind, session.provider)
         return Deployed(spec.name, version.number, spec.kind, task, _with_members(batcher, version), batcher.close)
 
@@ -69,6 +72,27 @@ def builders(repository: Repository, settings: Settings) -> Mapping[str, Builder
         "merge": FileKind(repository, settings, parse_recipe),
         "experiment": experiment_kind,
     }
+
+
+def _check_task(spec: Spec, task: Task | None, signature: Signature) -> None:
+    """What the task says of the output must be so: labels are scored by it. Raises InvalidSpec."""
+    if task is None:
+        return
+    shapes = {output.name: output.shape for output in signature.outputs}
+    if task.output not in shapes:
+        hint = suggest(task.output, list(shapes))
+        raise InvalidSpec(f"{spec.where}: task: output '{task.output}' is unknown; {hint}")
+    if task.kind == "classification" and not _fits_classes(shapes[task.output], len(task.classes)):
+        classes = len(task.classes) or "n"
+        raise InvalidSpec(
+            f"{spec.where}: task: a classification with {classes} classes needs an output (batch, {classes}); "
+            f"'{task.output}' is {list(shapes[task.output])}"
+        )
+
+
+def _fits_classes(shape: tuple[int, ...], classes: int) -> bool:
+    """Whether `(batch, classes)` can be the shape; an axis of -1 and a task without names fit anything."""
+    return len(shape) == 2 and (shape[1] == -1 or classes in (0, shape[1]))
 
 
 def _with_members(servable: Servable, version: Version) -> Servable:

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from ensemerge_server.catalogue import Catalogue
+from ensemerge_server.lifecycle import Lifecycle
 from ensemerge_server.servable import Reply
 from ensemerge_server.store.records import Committed, LabelStatus
 
@@ -70,9 +71,6 @@ class Metrics:
         )
         self._batch_rows = self._histogram(
             "batch_rows", "Rows of the batch that the request was part of.", ("model", "version"), ROWS
-        )
-        self.in_flight = Gauge(
-            "ensemerge_requests_in_flight", "Inference requests being answered.", registry=self._registry
         )
         self._assignments = self._counter(
             "assignments", "Requests by arm, and by what decided it.", ("experiment", "arm", "assignment")
@@ -137,9 +135,9 @@ class Metrics:
         """Record predictions that the store did not get."""
         self._dropped.inc(predictions)
 
-    def watch(self, catalogue: Catalogue) -> None:
-        """Report the models' states with every scrape."""
-        self._registry.register(_ModelStates(catalogue))
+    def watch(self, catalogue: Catalogue, lifecycle: Lifecycle) -> None:
+        """Report the models' states and the requests in flight with every scrape."""
+        self._registry.register(_States(catalogue, lifecycle))
 
     def page(self) -> bytes:
         """The metrics in Prometheus' text format."""
@@ -154,9 +152,10 @@ class Metrics:
         return Histogram(f"ensemerge_{name}", help_text, labels, buckets=buckets, registry=self._registry)
 
 
-class _ModelStates(Collector):
-    def __init__(self, catalogue: Catalogue) -> None:
+class _States(Collector):
+    def __init__(self, catalogue: Catalogue, lifecycle: Lifecycle) -> None:
         self._catalogue = catalogue
+        self._lifecycle = lifecycle
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
         ready = GaugeMetricFamily(
@@ -166,4 +165,7 @@ class _ModelStates(Collector):
         )
         for entry in self._catalogue.index():
             ready.add_metric([entry.name, entry.version], float(entry.state == "READY"))
-        return [ready]
+        in_flight = GaugeMetricFamily(
+            "ensemerge_requests_in_flight", "Inference requests being answered.", self._lifecycle.in_flight
+        )
+        return [ready, in_flight]

@@ -10,6 +10,7 @@ ours. The transport calls that function on whichever of its threads it likes bes
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from ensemerge.errors import (
     Unavailable,
 )
 from ensemerge_server.servable import never
+
+log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=Message)
 
@@ -97,8 +100,11 @@ def parse(kind: type[M], message: bytes) -> M:
         raise InvalidRequest(f"the message is no {kind.DESCRIPTOR.full_name}: {error}") from error
 
 
-def internal(error: Exception) -> EnsemergeError:
-    """What a client is told about an exception that nobody foresaw."""
+def expected(error: Exception) -> EnsemergeError:
+    """An error of ours as it is; one that nobody foresaw goes to the log and not to the client."""
+    if isinstance(error, EnsemergeError):
+        return error
+    log.error("unexpected failure", exc_info=error)
     return ExecutionFailed(f"the server failed on this request ({type(error).__name__}); its log says more")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,8 +11,9 @@ from ensemerge.errors import EnsemergeError, InvalidRequest, NotFound, ShuttingD
 from ensemerge_protos import health_pb2, inference_pb2
 from ensemerge_server import codec
 from ensemerge_server.catalogue import Catalogue, Deployed
+from ensemerge_server.lifecycle import Lifecycle
 from ensemerge_server.recording import Recorder
-from ensemerge_server.rpc import Call, Deliver, Finish, Method, at_once, failing, parse, status_of
+from ensemerge_server.rpc import Call, Deliver, Finish, Method, at_once, expected, failing, parse, status_of
 from ensemerge_server.servable import Parameter, Reply, Request
 
 PLATFORMS = {"onnx": "onnxruntime_onnx", "merge": "onnxruntime_onnx", "ensemble": "onnxruntime_onnx"}
@@ -25,20 +25,6 @@ class Limits:
 
     server_name: str
     id_bytes: int
-
-
-class Lifecycle:
-    """Whether the server takes requests: from the end of loading until it is told to stop."""
-
-    def __init__(self) -> None:
-        self._stopping = threading.Event()
-
-    @property
-    def stopping(self) -> bool:
-        return self._stopping.is_set()
-
-    def stop(self) -> None:
-        self._stopping.set()
 
 
 class InferenceService:
@@ -72,21 +58,21 @@ class InferenceService:
         """ModelInfer. The answer is made on the transport's thread: the model's own has the next batch to run."""
         started = time.monotonic()
         known = ""
+        self._lifecycle.enter()
         try:
             parsed = parse(inference_pb2.ModelInferRequest, message)
             deployed = self._find(parsed.model_name, parsed.model_version)
             known = deployed.name
             request = self._request(parsed, deployed, call)
-        except EnsemergeError as error:
-            deliver(self._refusal(known, error))
+        except Exception as error:  # one that nobody foresaw must not leave the request in flight for ever
+            deliver(self._refusal(known, expected(error)))
             return
-        self._recorder.metrics.in_flight.inc()
         deployed.servable.submit(
             request, lambda outcome: deliver(lambda: self._finish(deployed, request, outcome, started))
         )
 
     def _finish(self, deployed: Deployed, request: Request, outcome: Reply | EnsemergeError, started: float) -> bytes:
-        self._recorder.metrics.in_flight.dec()
+        self._lifecycle.leave()
         if isinstance(outcome, EnsemergeError):
             self._recorder.metrics.refused(deployed.name, status_of(outcome).name)
             raise outcome
@@ -100,6 +86,7 @@ class InferenceService:
         return codec.encode_reply(deployed.name, request.id, outcome, told).SerializeToString()
 
     def _refusal(self, known: str, error: EnsemergeError) -> Finish:
+        self._lifecycle.leave()
         self._recorder.metrics.refused(known, status_of(error).name)
         return failing(error)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import pickle
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from ensemerge.errors import EnsemergeError, InvalidData
 from ensemerge.export import InputSpec, publish_module
 from ensemerge.repository import SCALES, TASK_KINDS, Repository, Task, sha256
 
+_INPUT = re.compile(r"(?P<name>[^:]+):(?P<shape>(\d+(x\d+)*)?)(:(?P<dtype>\w+)(:(?P<high>\d+))?)?")
 EXAMPLE = "example: ensemerge export digits.net:make_net net.pt --to models/repository/digits-a --input image:1x8x8"
 
 
@@ -88,12 +90,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def parse_input(text: str) -> InputSpec:
     """`NAME:SHAPE[:DTYPE[:HIGH]]`, the shape without the batch, such as `image:3x32x32`. Raises InvalidData."""
-    name, *rest = text.split(":")
-    try:
-        shape = tuple(int(axis) for axis in rest[0].split("x")) if rest[0] else ()
-        return InputSpec(name, shape, *rest[1:2], *(int(high) for high in rest[2:3]))
-    except (IndexError, ValueError) as error:
-        raise InvalidData(f"--input {text}: expected NAME:SHAPE[:DTYPE[:HIGH]], such as image:3x32x32") from error
+    match = _INPUT.fullmatch(text)
+    if match is None:
+        raise InvalidData(f"--input {text}: expected NAME:SHAPE[:DTYPE[:HIGH]], such as image:3x32x32")
+    shape = tuple(int(axis) for axis in match["shape"].split("x") if axis)
+    return InputSpec(match["name"], shape, match["dtype"] or "float32", int(match["high"] or 2))
 
 
 def _task(options: argparse.Namespace) -> Task | None:

@@ -119,7 +119,7 @@ def _arms(experiment: Measurement, answers: dict[str, Answers]) -> list[Answers]
     models = {"ensemble": ENSEMBLE, "merged": MERGED}
     return [
         Answers(
-            name=f"{EXPERIMENT} / {arm}",
+            name=f"arm {arm}",
             what=f"users whose hash leads to {model}",
             probabilities=whole.probabilities[arms == arm],
             labels=whole.labels[arms == arm],
@@ -136,7 +136,7 @@ def _comparisons(answers: dict[str, Answers]) -> list[Comparison]:
     sentences = (
         (f"The ensemble against its best member, {best}", ENSEMBLE, best),
         ("The merged fine-tunes against the ensemble", MERGED, ENSEMBLE),
-        ("The plain average of two independent networks against the ensemble", COLLAPSED, ENSEMBLE),
+        ("Two independent networks averaged as they are, against the ensemble", COLLAPSED, ENSEMBLE),
     )
     return [
         Comparison(sentence, paired_difference(_hits(answers[first]), _hits(answers[second])))

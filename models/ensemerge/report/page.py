@@ -18,7 +18,7 @@ def write_page(report: Report, calibrated: Sequence[Scorecard], path: Path) -> N
     template = environment.from_string(files(__package__).joinpath("page.html").read_text())
     drawn = {
         "accuracies": plots.accuracies(report.models),
-        "costs": plots.costs(report.models),
+        "costs": plots.costs(report.models, [card.name for card in calibrated]),
         "reliabilities": plots.reliabilities(calibrated),
         "latencies": plots.latencies(report.models),
     }

@@ -55,21 +55,22 @@ def reliabilities(cards: Sequence[Scorecard]) -> str:
     return _svg(figure)
 
 
-def costs(cards: Sequence[Scorecard]) -> str:
-    """Accuracy against what a row costs, relative to one member."""
+def costs(cards: Sequence[Scorecard], named: Sequence[str]) -> str:
+    """Accuracy against what a row costs, relative to one member. Cards that are not `named` share one colour."""
     figure, axes = _figure(7.2, 3.4)
-    for position, card in enumerate(sorted(cards, key=lambda card: card.accuracy.estimate)):
-        axes.plot(card.relative_cost, card.accuracy.estimate, "o", color=COLOURS[0])
-        axes.annotate(
-            card.name,
-            (card.relative_cost, card.accuracy.estimate),
-            (7, 5 if position % 2 else -9),
-            textcoords="offset points",
-            fontsize=8,
-        )
-    axes.set_xlim(0, max(card.relative_cost for card in cards) * 1.25)
+    others = [card for card in cards if card.name not in named]
+    axes.plot(
+        [card.relative_cost for card in others],
+        [card.accuracy.estimate for card in others],
+        "o", color="#b9c2cc", label="single networks",
+    )  # fmt: skip
+    for card, colour in zip([card for card in cards if card.name in named], COLOURS, strict=False):
+        axes.plot(card.relative_cost, card.accuracy.estimate, "o", color=colour, markersize=8, label=card.name)
+    axes.set_xlim(0, max(card.relative_cost for card in cards) * 1.1)
+    axes.set_ylim(0, 1)
     axes.set_xlabel("computing time for one row, relative to one member")
     axes.set_ylabel("accuracy")
+    axes.legend(frameon=False, loc="lower right")
     return _svg(figure)
 
 
@@ -85,7 +86,7 @@ def latencies(cards: Sequence[Scorecard]) -> str:
     axes.set_yticks(list(places), [card.name for card in cards])
     axes.set_xlim(left=0)
     axes.set_xlabel("latency that the client saw, milliseconds")
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     return _svg(figure)
 
 

@@ -5,7 +5,6 @@ Each call holds a thread until its answer is there. That costs less processor ti
 
 from __future__ import annotations
 
-import logging
 import math
 import threading
 import time
@@ -16,13 +15,12 @@ from typing import NoReturn
 import grpc
 
 from ensemerge.errors import EnsemergeError, Unavailable
-from ensemerge_server.rpc import Call, Finish, Method, internal, status_of
+from ensemerge_server.rpc import Call, Finish, Method, expected, status_of
 from ensemerge_server.settings import Settings
-
-log = logging.getLogger(__name__)
 
 # Longer texts do not fit into the trailers that many clients accept.
 DETAILS_CHARACTERS = 2048
+GRACE_SECONDS = 1.0
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _LOCAL = ("ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D", "unix:")
 
@@ -55,9 +53,9 @@ class GrpcServer:
     def start(self) -> None:
         self._server.start()
 
-    def stop(self, grace_seconds: float) -> None:
-        """Refuse new calls, let those in flight finish within the grace, cut the rest."""
-        self._server.stop(grace_seconds).wait()
+    def stop(self) -> None:
+        """Close the port. Calls that are still on their way have a moment to leave."""
+        self._server.stop(GRACE_SECONDS).wait()
 
 
 class _Methods(grpc.GenericRpcHandler):
@@ -76,11 +74,8 @@ def _behaviour(method: Method) -> Callable[[bytes, grpc.ServicerContext], bytes]
     def behave(message: bytes, context: grpc.ServicerContext) -> bytes:
         try:
             return _answer(method, message, _call(context))
-        except EnsemergeError as error:
-            _abort(context, error)
         except Exception as error:  # a mistake of ours must not reach the client as a stack trace
-            log.exception("unexpected failure")
-            _abort(context, internal(error))
+            _abort(context, expected(error))
 
     return behave
 

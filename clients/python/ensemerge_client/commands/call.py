@@ -68,7 +68,7 @@ def _read(path: Path, spec: TensorMetadata) -> np.ndarray:
         ) from error
     if array.ndim == len(spec.shape) - 1:
         array = array[np.newaxis]
-    return array.astype(NUMPY.get(spec.datatype, array.dtype))
+    return np.asarray(array.astype(NUMPY.get(spec.datatype, array.dtype)))
 
 
 def _filled(spec: TensorMetadata, fill: str) -> np.ndarray:

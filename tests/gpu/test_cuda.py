@@ -1,0 +1,36 @@
+"""The CUDA provider gives the CPU's answers. Needs an NVIDIA GPU and onnxruntime-gpu; elsewhere it skips."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.graphs import images, publish_tiny
+
+from ensemerge.build import build
+from ensemerge.repository import Repository
+from ensemerge_server.session import Session, available_device
+from ensemerge_server.settings import Settings
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(available_device() != "cuda", reason="ONNX Runtime offers no CUDA provider here"),
+]
+
+
+@pytest.mark.parametrize("model", ["a", "ensemble", "merged"])
+def test_cuda_equals_cpu(tmp_path: Path, model: str) -> None:
+    repository = Repository(tmp_path)
+    for name, seed in (("a", 1), ("b", 2)):
+        publish_tiny(repository, name, seed)
+    repository.write_spec("ensemble", {"kind": "ensemble", "members": ["a", "b"]})
+    repository.write_spec("merged", {"kind": "merge", "models": [{"model": "a"}, {"model": "b"}]})
+    for name in ("ensemble", "merged"):
+        build(repository, name)
+    path = repository.version(model).model_path
+    answers: dict[str, np.ndarray] = {}
+    for device in ("cpu", "cuda"):
+        session = Session(path, Settings(device=device))
+        (answers[device],) = session.run({"image": images(16)}, [session.signature.outputs[0].name])
+    assert Session(path, Settings(device="cuda")).provider == "CUDAExecutionProvider"
+    # cuDNN may take TF32 products: 10 bits of mantissa, two convolutions deep.
+    assert answers["cuda"] == pytest.approx(answers["cpu"], abs=5e-3)

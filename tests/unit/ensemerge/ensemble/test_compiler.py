@@ -1,0 +1,73 @@
+from dataclasses import replace
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from support.graphs import from_text, linear_text
+
+from ensemerge.ensemble.combiners import combine, mean_probability
+from ensemerge.ensemble.compiler import Member, emit_mean, fuse, prove
+from ensemerge.errors import CheckFailed, InvalidModel
+from ensemerge.graph.run import Runner
+from ensemerge.graph.tasks import infer_task
+
+FEEDS = {"x": np.random.default_rng(0).standard_normal((20, 4)).astype(np.float32)}
+
+
+def member(seed: int, *, softmax: bool = False, old: str = "", new: str = "") -> Member:
+    model = from_text(linear_text(seed, softmax=softmax).replace(old, new))
+    task = infer_task(model)
+    assert task is not None
+    return Member(f"m{seed}", model, task)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_the_fused_graph_equals_its_members(count: int) -> None:
+    members = [member(seed, softmax=seed % 2 == 1) for seed in range(count)]
+    fused = fuse(members, emit_mean)
+    check = prove(members, fused, mean_probability, FEEDS)
+    assert check.difference <= check.bound
+    outputs = [Runner(one.model).run(FEEDS)["logits"] for one in members]
+    expected = combine(outputs, [one.task.scale for one in members], mean_probability)
+    # float32, three operations after the members.
+    assert Runner(fused).run(FEEDS)["probabilities"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_fused_graph_has_one_input_and_takes_any_batch() -> None:
+    fused = fuse([member(0), member(1)], emit_mean)
+    assert [value.name for value in fused.graph.inputs] == ["x"]
+    for rows in (1, 2, 19):
+        assert Runner(fused).run({"x": FEEDS["x"][:rows]})["probabilities"].shape == (rows, 3)
+
+
+def test_members_stay_as_they_were() -> None:
+    one = member(0)
+    before = ir.to_proto(one.model).SerializeToString()
+    fuse([one, member(1)], emit_mean)
+    assert ir.to_proto(one.model).SerializeToString() == before
+
+
+def test_a_graph_that_does_not_equal_its_members_is_refused() -> None:
+    members = [member(0), member(1)]
+    with pytest.raises(CheckFailed, match="differs from its members") as caught:
+        prove(members, fuse([member(0), member(2)], emit_mean), mean_probability, FEEDS)
+    assert caught.value.difference > caught.value.bound
+
+
+def test_members_that_do_not_fit_are_named() -> None:
+    first = member(0)
+    other_input = member(1, old="float[batch, 4] x", new="double[batch, 4] x")
+    with pytest.raises(InvalidModel, match="member 'm1': expected input"):
+        fuse([first, other_input], emit_mean)
+    other_classes = replace(member(1), task=replace(first.task, classes=("a", "b", "c")))
+    with pytest.raises(InvalidModel, match="member 'm1': expected classes"):
+        fuse([first, other_classes], emit_mean)
+    regression = replace(member(1), task=replace(first.task, kind="regression"))
+    with pytest.raises(InvalidModel, match="expected a classification"):
+        fuse([first, regression], emit_mean)
+
+
+def test_the_batch_must_vary() -> None:
+    fixed = member(1, old="batch", new="7")
+    with pytest.raises(InvalidModel, match="expected a first axis that varies"):
+        fuse([fixed], emit_mean)

@@ -1,0 +1,94 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.graphs import images, publish_tiny, tiny_net, write_linear
+
+from ensemerge.build import build
+from ensemerge.errors import EnsemergeError
+from ensemerge.graph.files import load
+from ensemerge.graph.run import Runner
+from ensemerge.repository import Repository
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
+    repository = Repository(tmp_path_factory.mktemp("models"))
+    for name, seed in (("a", 1), ("b", 2)):
+        publish_tiny(repository, name, seed)
+    return repository
+
+
+def test_a_merge_is_the_mean_of_the_torch_weights(repository: Repository) -> None:
+    models = [{"model": "a"}, {"model": "b:1", "parameters": {"weight": 3}}]
+    repository.write_spec("merged", {"kind": "merge", "merge_method": "linear", "models": models})
+    version = build(repository, "merged")
+    initializers = load(version.model_path).graph.initializers
+    first, second = tiny_net(1).state_dict(), tiny_net(2).state_dict()
+    for name in ("first.weight", "second.bias", "second_norm.running_var", "head.weight"):
+        merged = initializers[name].const_value
+        assert merged is not None
+        assert merged.numpy() == pytest.approx((first[name] + 3 * second[name]).numpy() / 4, abs=1e-6)
+    assert version.manifest is not None
+    assert version.manifest.members == ("a:1", "b:1")
+    assert set(version.manifest.inputs) == {"a:1", "b:1"}
+
+
+def test_calibration_restores_statistics_and_records_it(repository: Repository) -> None:
+    spec = {"kind": "merge", "models": [{"model": "a"}, {"model": "b"}], "calibration": {"data": "calibration.npz"}}
+    repository.write_spec("restored", spec)
+    np.savez(repository.folder("restored") / "calibration.npz", image=images(64))
+    manifest = build(repository, "restored").manifest
+    assert manifest is not None
+    (check,) = manifest.checks
+    assert (check.name, check.difference <= check.bound) == ("restored_batch_norm", True)
+
+
+def test_an_ensemble_equals_its_members_and_says_so(repository: Repository) -> None:
+    repository.write_spec("both", {"kind": "ensemble", "members": ["a", "b"]})
+    version = build(repository, "both")
+    assert version.manifest is not None
+    assert version.manifest.checks[0].name == "equals_members"
+    assert version.manifest.task is not None
+    assert version.manifest.task.scale == "probabilities"
+    answers = Runner(version.model_path).run({"image": images(5)})["probabilities"]
+    assert answers.sum(axis=-1) == pytest.approx(np.ones(5), abs=1e-6)
+
+
+def test_the_same_recipe_gives_the_same_bytes(repository: Repository) -> None:
+    repository.write_spec("twice", {"kind": "merge", "models": [{"model": "a"}, {"model": "b"}]})
+    first, second = build(repository, "twice"), build(repository, "twice")
+    assert first.model_path.read_bytes() == second.model_path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("spec", "problem"),
+    [
+        ({"kind": "ensemble", "members": ["a", "nobody"]}, "no model 'nobody'"),
+        ({"kind": "ensemble", "members": ["a", "odd"]}, "'odd' names itself"),
+        ({"kind": "ensemble", "members": []}, "'members' is empty"),
+        ({"kind": "ensemble", "members": ["a", "other"]}, "expected input"),
+        ({"kind": "merge", "models": [{"model": "a"}, {"model": "other"}]}, "expected graphs of one architecture"),
+        ({"kind": "merge", "models": []}, "no models are named"),
+        ({"kind": "merge", "models": [{"model": "a"}], "calibration": {"data": "none.npz"}}, "is no .npz"),
+        ({"kind": "ensembel", "members": ["a"]}, "did you mean 'ensemble'"),
+        ({"kind": "onnx"}, "kind 'onnx' is not built"),
+    ],
+)
+def test_what_cannot_be_built_says_why_and_publishes_nothing(
+    repository: Repository, spec: dict[str, object], problem: str
+) -> None:
+    if "other" not in repository.names():
+        write_linear(repository.root, "other")
+    repository.write_spec("odd", spec)
+    with pytest.raises(EnsemergeError, match=problem):
+        build(repository, "odd")
+    assert repository.versions("odd") == []
+
+
+def test_a_member_that_was_tampered_with_is_refused(repository: Repository, tmp_path: Path) -> None:
+    version = publish_tiny(repository, "tampered", 5)
+    version.model_path.write_bytes(version.model_path.read_bytes() + b"\x00")
+    repository.write_spec("with-tampered", {"kind": "ensemble", "members": ["a", "tampered"]})
+    with pytest.raises(EnsemergeError, match="is not the file that its manifest describes"):
+        build(repository, "with-tampered")
