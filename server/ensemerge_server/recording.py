@@ -52,7 +52,7 @@ def _prediction(prediction_id: str, deployed: Deployed, request: Request, reply:
         experiment=str(reply.parameters.get("experiment", "")),
         arm=str(reply.parameters.get("arm", "")),
         time_seconds=time.time(),
-        rows=request.rows,
+        rows=request.rows if output is None else len(output),
         task=task,
         output=output,
     )

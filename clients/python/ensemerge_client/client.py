@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
-from google.protobuf.message import Message
 
-from ensemerge_client import messages, rpcs
+from ensemerge_client import calls
 from ensemerge_client.errors import from_rpc
 from ensemerge_client.results import (
     ExperimentReport,
@@ -22,27 +21,21 @@ from ensemerge_client.results import (
     Result,
     ServerMetadata,
 )
-from ensemerge_protos import ensemerge_pb2, inference_pb2
 
-Q = TypeVar("Q", bound=Message)
-A = TypeVar("A", bound=Message)
+T = TypeVar("T")
 
 
 class Client:
     """Calls one server. Safe to share between threads; use it as a context manager, or close it.
 
-    Every call takes `timeout_seconds` or the client's own, and raises a subclass of ClientError.
+    Every call takes `timeout_seconds`, the client's own by default, and raises a subclass of ClientError.
     """
 
-    def __init__(self, target: str = "localhost:8001", *, timeout_seconds: float = rpcs.TIMEOUT_SECONDS) -> None:
+    def __init__(self, target: str = "localhost:8001", *, timeout_seconds: float = calls.TIMEOUT_SECONDS) -> None:
         self._target = target
         self._timeout_seconds = timeout_seconds
-        self._channel = grpc.insecure_channel(target, options=rpcs.CHANNEL_OPTIONS)
-        self._infer = self._channel.unary_unary(
-            rpcs.MODEL_INFER.name,
-            request_serializer=inference_pb2.ModelInferRequest.SerializeToString,
-            response_deserializer=inference_pb2.ModelInferResponse.FromString,
-        )
+        self._channel = grpc.insecure_channel(target, options=calls.CHANNEL_OPTIONS)
+        self._methods: dict[str, grpc.UnaryUnaryMultiCallable[Any, Any]] = {}
 
     def infer(
         self,
@@ -59,54 +52,44 @@ class Client:
 
         `version` and `outputs` default to the newest and to all; `parameters` may carry an experiment's unit.
         """
-        request = messages.infer_request(model, inputs, version=version, outputs=outputs, id=id, parameters=parameters)
-        try:
-            response = self._infer(request, timeout=timeout_seconds or self._timeout_seconds)
-        except grpc.RpcError as error:
-            raise from_rpc(error, self._target) from error
-        return messages.result(response)
+        call = calls.infer(model, inputs, version, outputs, id, parameters)
+        return self._run(call, timeout_seconds)
 
     def send_labels(self, labels: Iterable[Label], *, timeout_seconds: float | None = None) -> list[LabelResult]:
         """Send the truth about earlier answers; returns when it is on the server's disk, one result for each label."""
         results: list[LabelResult] = []
-        for request in messages.label_requests(labels):
-            results += messages.label_results(self._call(rpcs.SEND_LABELS, request, timeout_seconds))
+        for call in calls.send_labels(labels):
+            answered: list[LabelResult] = self._run(call, timeout_seconds)
+            results += answered
         return results
 
     def is_live(self, *, timeout_seconds: float | None = None) -> bool:
         """Whether the server runs."""
-        request = inference_pb2.ServerLiveRequest()
-        return (self._call(rpcs.SERVER_LIVE, request, timeout_seconds)).live
+        return self._run(calls.is_live(), timeout_seconds)
 
     def is_ready(self, *, timeout_seconds: float | None = None) -> bool:
         """Whether every model of the server can answer."""
-        request = inference_pb2.ServerReadyRequest()
-        return (self._call(rpcs.SERVER_READY, request, timeout_seconds)).ready
+        return self._run(calls.is_ready(), timeout_seconds)
 
     def is_model_ready(self, model: str, version: str = "", *, timeout_seconds: float | None = None) -> bool:
         """Whether `model` can answer; an unknown one cannot."""
-        request = inference_pb2.ModelReadyRequest(name=model, version=version)
-        return (self._call(rpcs.MODEL_READY, request, timeout_seconds)).ready
+        return self._run(calls.is_model_ready(model, version), timeout_seconds)
 
     def server_metadata(self, *, timeout_seconds: float | None = None) -> ServerMetadata:
         """The server's name, version and extensions."""
-        request = inference_pb2.ServerMetadataRequest()
-        return messages.server_metadata(self._call(rpcs.SERVER_METADATA, request, timeout_seconds))
+        return self._run(calls.server_metadata(), timeout_seconds)
 
     def model_metadata(self, model: str, version: str = "", *, timeout_seconds: float | None = None) -> ModelMetadata:
         """What `model` takes and gives."""
-        request = inference_pb2.ModelMetadataRequest(name=model, version=version)
-        return messages.model_metadata(self._call(rpcs.MODEL_METADATA, request, timeout_seconds))
+        return self._run(calls.model_metadata(model, version), timeout_seconds)
 
     def models(self, *, timeout_seconds: float | None = None) -> list[ModelState]:
         """Every model of the server's repository, and why those that are not ready are not."""
-        request = inference_pb2.RepositoryIndexRequest()
-        return messages.model_states(self._call(rpcs.REPOSITORY_INDEX, request, timeout_seconds))
+        return self._run(calls.models(), timeout_seconds)
 
     def experiments(self, name: str = "", *, timeout_seconds: float | None = None) -> list[ExperimentReport]:
         """How the arms of an experiment have fared so far; of all experiments without a name."""
-        request = ensemerge_pb2.ListExperimentsRequest(name=name)
-        return messages.experiment_reports(self._call(rpcs.LIST_EXPERIMENTS, request, timeout_seconds))
+        return self._run(calls.experiments(name), timeout_seconds)
 
     def close(self) -> None:
         self._channel.close()
@@ -119,11 +102,16 @@ class Client:
     ) -> None:
         self.close()
 
-    def _call(self, rpc: rpcs.Rpc[Q, A], request: Q, timeout_seconds: float | None) -> A:
-        method = self._channel.unary_unary(
-            rpc.name, request_serializer=rpc.request.SerializeToString, response_deserializer=rpc.answer.FromString
-        )
+    def _run(self, call: calls.Call[T], timeout_seconds: float | None) -> T:
+        method = self._methods.get(call.rpc)
+        if method is None:
+            method = self._methods[call.rpc] = self._channel.unary_unary(
+                call.rpc,
+                request_serializer=type(call.request).SerializeToString,
+                response_deserializer=call.answer.FromString,
+            )
         try:
-            return method(request, timeout=timeout_seconds or self._timeout_seconds)
+            answer = method(call.request, timeout=timeout_seconds or self._timeout_seconds)
         except grpc.RpcError as error:
             raise from_rpc(error, self._target) from error
+        return call.read(answer)

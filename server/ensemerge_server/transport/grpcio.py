@@ -22,7 +22,15 @@ from ensemerge_server.settings import Settings
 DETAILS_CHARACTERS = 2048
 GRACE_SECONDS = 1.0
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
-_LOCAL = ("ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D", "unix:")
+# How grpcio writes a peer on this machine; the brackets of IPv6 come escaped or not, by its version.
+_LOCAL = (
+    "ipv4:127.",
+    "ipv6:[::1]",
+    "ipv6:%5B::1%5D",
+    "ipv6:[::ffff:127.",
+    "ipv6:%5B::ffff:127.",
+    "unix:",
+)
 
 
 class GrpcServer:
