@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
 
 from ensemerge.errors import Unavailable
 from ensemerge_server.metrics import CONTENT_TYPE, Metrics
@@ -47,18 +48,30 @@ def metrics_routes(metrics: Metrics) -> Mapping[str, Route]:
     return {"/metrics": lambda: Page(200, metrics.page(), CONTENT_TYPE)}
 
 
+class _Listener(ThreadingHTTPServer):
+    """The standard library's server without its look-up of our own name, and quiet about clients that hang up."""
+
+    def server_bind(self) -> None:
+        TCPServer.server_bind(self)
+        host, port = self.server_address[:2]
+        self.server_name, self.server_port = str(host), port
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        log.debug("a connection from %s broke", client_address, exc_info=True)
+
+
 class HttpServer:
     """Answers GET for a table of routes, on a thread of its own. Raises Unavailable when the port cannot be bound."""
 
     def __init__(self, host: str, port: int, routes: Mapping[str, Route], option: str) -> None:
         try:
-            self._server = ThreadingHTTPServer((host, port), _handler(routes))
+            self._server = _Listener((host, port), _handler(routes))
         except OSError as error:
             raise Unavailable(
                 f"HTTP cannot listen on {host}:{port} ({error.strerror}); expected a free port: "
                 f"stop who uses it, or choose {option}"
             ) from error
-        self.port = int(self._server.server_address[1])
+        self.port = self._server.server_port
         self._thread = threading.Thread(target=self._server.serve_forever, name=f"http-{self.port}", daemon=True)
 
     def start(self) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+# ONNX Runtime sends its maker usage data unless this is set before it is loaded. Whoever wants to can say 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime
 
 from ensemerge.errors import ExecutionFailed, InvalidModel, InvalidSpec
@@ -50,6 +54,9 @@ class Session:
             raise InvalidModel(f"ONNX Runtime cannot load {path}: {error}") from error
         self.signature = _signature(self._session)
         self.provider = self._session.get_providers()[0]
+        # The provider that was asked for may fail to load, for want of a driver or a library: then the CPU takes over.
+        if settings.device == "cuda" and self.provider != CUDA:
+            raise InvalidSpec(f"device is cuda, but {path} runs on {self.provider}; check the driver, CUDA and cuDNN")
 
     def run(self, inputs: Arrays, outputs: Sequence[str]) -> list[np.ndarray]:
         """Run once; the outputs come in the order asked for. Raises ExecutionFailed."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+
+# ONNX Runtime sends its maker usage data unless this is set before it is loaded. Whoever wants to can say 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime
 
 from ensemerge.errors import ExecutionFailed, InvalidData, InvalidModel
