@@ -48,8 +48,9 @@ class Session:
     def __init__(self, path: Path, settings: Settings) -> None:
         if not path.is_file():
             raise InvalidModel(f"there is no {path}; expected an ONNX file")
+        providers = _providers(settings)
         try:
-            self._session = onnxruntime.InferenceSession(str(path), _options(settings), providers=_providers(settings))
+            self._session = onnxruntime.InferenceSession(str(path), _options(settings), providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions share no base class but this one
             raise InvalidModel(f"ONNX Runtime cannot load {path}: {error}") from error
         self.signature = _signature(self._session)
