@@ -40,7 +40,7 @@ _HELP = {
     "metrics_port": "port of /metrics",
     "name": "what the server calls itself in its metadata",
     "device": "auto, cpu or cuda",
-    "threads": "threads for one run of a model; 0 takes every usable core",
+    "threads": "threads for one run of a model; 0 takes every usable core, and one where more would not pay",
     "batch_rows": "rows of a batch, at most",
     "queue_requests": "requests that may wait for one model",
     "in_flight": "calls answered at the same time",

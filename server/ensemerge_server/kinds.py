@@ -16,7 +16,7 @@ from ensemerge_server.catalogue import Builder, Deployed, Resolve
 from ensemerge_server.experiments.experiment import ArmModel, build_experiment
 from ensemerge_server.experiments.spec import parse_experiment
 from ensemerge_server.servable import Annotated, Servable, Signature
-from ensemerge_server.session import Session
+from ensemerge_server.session import open_session
 from ensemerge_server.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -39,8 +39,7 @@ class FileKind:
         self.validate(spec)
         version = self.repository.version(spec.name)
         version.verify()
-        session = Session(version.model_path, self.settings)
-        session.warm_up()
+        session = open_session(version.model_path, self.settings)
         batcher = Batcher(
             session,
             str(version.number),
@@ -49,7 +48,8 @@ class FileKind:
         )
         task = spec.task or (version.manifest.task if version.manifest else None)
         _check_task(spec, task, session.signature)
-        log.info("loaded %s:%d (%s) on %s", spec.name, version.number, spec.kind, session.provider)
+        where = f"{session.provider}, {session.threads} threads"
+        log.info("loaded %s:%d (%s) on %s", spec.name, version.number, spec.kind, where)
         return Deployed(spec.name, version.number, spec.kind, task, _with_members(batcher, version), batcher.close)
 
 

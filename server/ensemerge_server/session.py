@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+import time
 from collections.abc import Sequence
 from importlib.metadata import distributions
 from pathlib import Path
@@ -24,6 +26,9 @@ log = logging.getLogger(__name__)
 
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
+# Measured with batches of 1 to 32: models above it gain from more threads, models far below it lose.
+QUICK_SECONDS = 300e-6
+WARM_UP_RUNS = 5
 
 _DATATYPES = {
     "tensor(bool)": "BOOL",
@@ -42,21 +47,35 @@ _DATATYPES = {
 }
 
 
+def open_session(path: Path, settings: Settings) -> Session:
+    """A session that is warm, with as many threads as pay. Raises InvalidModel, InvalidSpec.
+
+    Handing a run of some microseconds to a second thread costs more than that thread can save.
+    """
+    session = Session(path, settings.device, settings.threads or usable_cores())
+    quick = session.warm_up() < QUICK_SECONDS
+    if quick and not settings.threads and session.provider == CPU:
+        session = Session(path, settings.device, threads=1)
+        session.warm_up()
+    return session
+
+
 class Session:
     """A model in ONNX Runtime. One owner at a time runs it. Raises InvalidModel when the file cannot be used."""
 
-    def __init__(self, path: Path, settings: Settings) -> None:
+    def __init__(self, path: Path, device: str, threads: int) -> None:
         if not path.is_file():
             raise InvalidModel(f"there is no {path}; expected an ONNX file")
-        providers = _providers(settings)
+        providers = _providers(device)
         try:
-            self._session = onnxruntime.InferenceSession(str(path), _options(settings), providers=providers)
+            self._session = onnxruntime.InferenceSession(str(path), _options(threads), providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions share no base class but this one
             raise InvalidModel(f"ONNX Runtime cannot load {path}: {error}") from error
         self.signature = _signature(self._session)
         self.provider = self._session.get_providers()[0]
+        self.threads = threads
         # The provider that was asked for may fail to load, for want of a driver or a library: then the CPU takes over.
-        if settings.device == "cuda" and self.provider != CUDA:
+        if device == "cuda" and self.provider != CUDA:
             raise InvalidSpec(f"device is cuda, but {path} runs on {self.provider}; check the driver, CUDA and cuDNN")
 
     def run(self, inputs: Arrays, outputs: Sequence[str]) -> list[np.ndarray]:
@@ -67,16 +86,24 @@ class Session:
             raise ExecutionFailed(f"the model failed while it ran: {error}") from error
         return values
 
-    def warm_up(self) -> None:
-        """Run one row of zeros, so that the first caller does not pay for lazy initialisation.
+    def warm_up(self) -> float:
+        """Run one row of zeros a few times, so that the first caller does not pay for lazy initialisation.
 
-        A model may have good reasons to refuse zeros; then the first caller pays, and the log says so.
+        Returns the seconds of the quickest run. A model may have good reasons to refuse zeros: then it is infinity,
+        the first caller pays, and the log says so.
         """
         zeros = {spec.name: _zeros(spec) for spec in self.signature.inputs}
+        outputs = [spec.name for spec in self.signature.outputs]
         try:
-            self.run(zeros, [spec.name for spec in self.signature.outputs])
+            return min(self._timed(zeros, outputs) for _ in range(WARM_UP_RUNS))
         except ExecutionFailed as error:
             log.warning("no warm-up: %s", error)
+            return math.inf
+
+    def _timed(self, inputs: Arrays, outputs: Sequence[str]) -> float:
+        started = time.perf_counter()
+        self.run(inputs, outputs)
+        return time.perf_counter() - started
 
 
 def check_installation() -> None:
@@ -94,9 +121,9 @@ def available_device() -> str:
     return "cuda" if CUDA in onnxruntime.get_available_providers() else "cpu"
 
 
-def _options(settings: Settings) -> Any:
+def _options(threads: int) -> Any:
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = settings.threads or usable_cores()
+    options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     # Every session has its own pool. Idle pools that spin take the cores from the one that works.
@@ -104,12 +131,12 @@ def _options(settings: Settings) -> Any:
     return options
 
 
-def _providers(settings: Settings) -> list[Any]:
-    if settings.device == "cuda" and available_device() != "cuda":
+def _providers(device: str) -> list[Any]:
+    if device == "cuda" and available_device() != "cuda":
         raise InvalidSpec(
             "device is cuda, but ONNX Runtime offers none here; install ensemerge[server-gpu], or use cpu"
         )
-    if settings.device == "cpu" or available_device() == "cpu":
+    if device == "cpu" or available_device() == "cpu":
         return [CPU]
     # The default, an exhaustive search for the quickest convolution, is repeated for every new batch size.
     return [(CUDA, {"cudnn_conv_algo_search": "HEURISTIC"}), CPU]

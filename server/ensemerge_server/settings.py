@@ -28,7 +28,8 @@ class Settings:
     device: str = "auto"
     """`auto` takes CUDA where ONNX Runtime offers it; `cpu` and `cuda` insist."""
     threads: int = 0
-    """Threads for one run of a model; 0 takes every core that this process may use."""
+    """Threads for one run of a model; 0 takes every core that this process may use, and one for models so quick that
+    more would slow them down."""
     batch_rows: int = 64
     """A batch takes waiting requests up to this many rows."""
     queue_requests: int = 1024

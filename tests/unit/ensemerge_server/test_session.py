@@ -8,20 +8,18 @@ from support.graphs import from_text, write_linear
 
 from ensemerge.errors import ExecutionFailed, InvalidModel, InvalidSpec
 from ensemerge_server.servable import Signature, TensorSpec
-from ensemerge_server.session import Session, available_device
+from ensemerge_server.session import Session, available_device, open_session
 from ensemerge_server.settings import Settings
-
-CPU = Settings(device="cpu", threads=1)
 
 
 def session(tmp_path: Path, text: str) -> Session:
     path = tmp_path / "model.onnx"
     ir.save(from_text(f'<ir_version: 10, opset_import: ["" : 20]> {text}'), path)
-    return Session(path, CPU)
+    return Session(path, "cpu", threads=1)
 
 
 def test_the_signature_is_read_from_the_file(tmp_path: Path) -> None:
-    loaded = Session(write_linear(tmp_path, "plain"), CPU)
+    loaded = open_session(write_linear(tmp_path, "plain"), Settings())
     assert loaded.signature == Signature(
         (TensorSpec("x", "FP32", (-1, 4)),), (TensorSpec("logits", "FP32", (-1, 3)),), True
     )
@@ -42,6 +40,12 @@ def test_only_one_symbol_on_every_first_axis_is_a_batch(tmp_path: Path, text: st
     assert not session(tmp_path, text).signature.batched
 
 
+def test_a_quick_model_runs_on_one_thread_unless_told_otherwise(tmp_path: Path) -> None:
+    path = write_linear(tmp_path, "plain")
+    assert open_session(path, Settings()).threads == 1
+    assert open_session(path, Settings(threads=2)).threads == 2
+
+
 def test_strings_go_through(tmp_path: Path) -> None:
     loaded = session(tmp_path, "g (string[n] x) => (string[n] y) { y = Identity(x) }")
     assert loaded.signature.inputs[0].datatype == "BYTES"
@@ -59,13 +63,13 @@ def test_a_model_that_fails_says_so_and_a_missing_one_too(tmp_path: Path) -> Non
     with pytest.raises(ExecutionFailed, match="the model failed while it ran"):
         loaded.run({"x": np.zeros((2, 4), np.float32), "z": np.zeros((3, 4), np.float32)}, ["y"])
     with pytest.raises(InvalidModel, match=r"there is no .*nowhere\.onnx"):
-        Session(tmp_path / "nowhere.onnx", CPU)
+        Session(tmp_path / "nowhere.onnx", "cpu", threads=1)
 
 
 @pytest.mark.skipif(available_device() == "cuda", reason="this machine has CUDA")
 def test_cuda_is_insisted_on(tmp_path: Path) -> None:
     with pytest.raises(InvalidSpec, match="device is cuda, but"):
-        Session(write_linear(tmp_path, "plain"), Settings(device="cuda"))
+        open_session(write_linear(tmp_path, "plain"), Settings(device="cuda"))
 
 
 def test_the_runtime_does_not_report_to_its_maker() -> None:
