@@ -38,8 +38,8 @@ bench: $(VENV)/.dev  ## the benchmarks, side by side with their limits
 wheel: $(VENV)/.dev  ## dist/*.whl
 	$(BIN)/python -m build --wheel --outdir dist .
 
-clean:  ## remove what the other targets made
-	rm -rf $(VENV) dist models/repository report.html .mypy_cache .ruff_cache .pytest_cache .hypothesis
+clean:  ## remove the environment and caches; models stay
+	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit("expected Python 3.11 or newer, got " + sys.version.split()[0] + "; set PYTHON=…" if sys.version_info < (3, 11) else 0)'

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ensemerge.export import InputSpec, publish_module
+from ensemerge.export import InputSpec, Provenance, publish_module
 from ensemerge.repository import Repository, Version
 
 CLASSES = 10
@@ -142,4 +142,4 @@ def publish(repository: Repository, name: str) -> Version:
     """Build the network `name` with weights drawn from `SEED` and export it into `repository`."""
     torch.manual_seed(SEED)
     network = NETWORKS[name]
-    return publish_module(repository, name, network.build(), [network.input], seed=SEED)
+    return publish_module(repository, name, network.build(), [network.input], provenance=Provenance(seed=SEED))

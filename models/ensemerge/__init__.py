@@ -1,6 +1,6 @@
 """ensemerge, the workshop: make one answer out of several trained models, and prove what was made.
 
-The package is imported piece by piece (`from ensemerge.merge.build import build_merge`), so that the server can use
+The package is imported piece by piece (`from ensemerge.build import build`), so that the server can use
 `errors`, `measures` and `repository` without loading torch.
 """
 

@@ -7,6 +7,9 @@ Each kind that is built rather than exported has one function in `BUILDERS`.
 
 from __future__ import annotations
 
+import contextlib
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +19,7 @@ import onnx_ir as ir
 
 from ensemerge import __version__
 from ensemerge.ensemble.combiners import COMBINERS
-from ensemerge.ensemble.compiler import EMITTERS, OUTPUT, Member, fuse, prove
+from ensemerge.ensemble.compiler import BATCHES, EMITTERS, OUTPUT, Member, fuse, prove
 from ensemerge.ensemble.spec import parse_ensemble
 from ensemerge.errors import InvalidData, InvalidModel, InvalidSpec
 from ensemerge.fields import suggest
@@ -24,14 +27,17 @@ from ensemerge.graph.files import batch_input, load, named, save
 from ensemerge.graph.pairing import pair_weights
 from ensemerge.graph.run import Arrays, Runner
 from ensemerge.graph.surgery import with_weights
-from ensemerge.graph.tasks import infer_task
+from ensemerge.graph.tasks import settle_task
 from ensemerge.merge.engine import merge_weights
 from ensemerge.merge.methods import METHODS
-from ensemerge.merge.recipe import Calibration, MergeRecipe, parse_recipe
+from ensemerge.merge.recipe import MergeRecipe, parse_recipe
 from ensemerge.progress import Notify, silent
 from ensemerge.repository import MODEL_FILE, Check, Manifest, Repository, Spec, Task, Version, parse_reference, sha256
-from ensemerge.restore.batch_norm import DRIFT_BOUND, restore_batch_norm
-from ensemerge.weights.reader import OnnxWeights, RenamedWeights
+from ensemerge.restore.batch_norm import restore_batch_norm
+from ensemerge.weights.reader import OnnxWeights, RenamedWeights, to_array
+
+# As many as the largest batch on which an ensemble is compared with its members.
+PROBE_ROWS = max(BATCHES)
 
 
 @dataclass(frozen=True)
@@ -41,14 +47,6 @@ class Source:
     version: Version
     model: ir.Model
     task: Task | None
-
-    @property
-    def label(self) -> str:
-        return f"{self.version.name}:{self.version.number}"
-
-    @property
-    def hash(self) -> str:
-        return sha256(self.version.model_path)
 
 
 def build(repository: Repository, name: str, notify: Notify = silent) -> Version:
@@ -66,14 +64,38 @@ def build(repository: Repository, name: str, notify: Notify = silent) -> Version
 def _build_merge(repository: Repository, spec: Spec, folder: Path, notify: Notify) -> Manifest:
     recipe = parse_recipe(spec)
     sources = _open_sources(repository, [ingredient.model for ingredient in recipe.ingredients], spec)
+    task = settle_task(spec.task, sources[0].model) if spec.task else _common_task(sources)
     merged = _merge(sources, recipe, notify)
     checks: list[Check] = []
+    inputs: dict[str, str] = {}
     if recipe.calibration is not None:
-        merged, check = _restore(merged, recipe.calibration, repository.folder(spec.name), notify)
-        checks.append(check)
+        data = repository.folder(spec.name) / recipe.calibration.data
+        restored = restore_batch_norm(merged, read_arrays(data), notify)
+        merged = restored.model
+        checks.append(restored.check)
+        inputs[f"{spec.name}/{recipe.calibration.data}"] = sha256(data)
     save(merged, folder / MODEL_FILE)
-    Runner(folder / MODEL_FILE)  # a version that no runtime accepts is not published
-    return _manifest(spec, spec.task or sources[0].task, sources, checks)
+    _try_out(folder / MODEL_FILE, merged)
+    return _manifest(spec, task, sources, checks, inputs)
+
+
+def _common_task(sources: Sequence[Source]) -> Task | None:
+    """What all sources say of their output. Raises InvalidModel: weights of different meanings have no mean."""
+    first = sources[0]
+    for source in sources[1:]:
+        if source.task != first.task:
+            raise InvalidModel(
+                f"'{source.version.label}' has the task {source.task}, '{first.version.label}' {first.task}; expected "
+                "one task, or a `task:` in the merge's model.yaml"
+            )
+    return first.task
+
+
+def _try_out(path: Path, model: ir.Model) -> None:
+    """Run the written file once, where inputs can be made up: a version that cannot answer is not published."""
+    runner = Runner(path)
+    with contextlib.suppress(InvalidModel):  # several inputs, or shapes that vary: nobody knows what fits
+        runner.run(_probe(model))
 
 
 def _merge(sources: Sequence[Source], recipe: MergeRecipe, notify: Notify) -> ir.Model:
@@ -83,30 +105,22 @@ def _merge(sources: Sequence[Source], recipe: MergeRecipe, notify: Notify) -> ir
     weights = [ingredient.weight for ingredient in recipe.ingredients]
     merged: dict[str, np.ndarray] = {}
     for name, tensor in merge_weights(readers, weights, METHODS[recipe.method]):
-        merged[name] = tensor.numpy()
+        merged[name] = to_array(tensor)
         notify("merge weights", len(merged), len(readers[0].names))
     return with_weights(reference, merged)
-
-
-def _restore(model: ir.Model, calibration: Calibration, folder: Path, notify: Notify) -> tuple[ir.Model, Check]:
-    feeds = read_arrays(folder / calibration.data)
-    restored = restore_batch_norm(model, feeds, notify)
-    rows = len(next(iter(feeds.values())))
-    detail = f"drift of {restored.layers} layers on {rows} rows of {calibration.data}, in deviations"
-    return restored.model, Check("restored_batch_norm", restored.drift, DRIFT_BOUND, detail)
 
 
 def _build_ensemble(repository: Repository, spec: Spec, folder: Path, notify: Notify) -> Manifest:
     ensemble = parse_ensemble(spec)
     sources = _open_sources(repository, ensemble.members, spec)
-    members = [Member(source.label, source.model, _task_of(source)) for source in sources]
+    members = [Member(source.version.label, source.model, _task_of(source)) for source in sources]
     fused = fuse(members, EMITTERS[ensemble.combine])
     save(fused, folder / MODEL_FILE)
     notify("compile and prove", 1, 2)
     check = prove(members, load(folder / MODEL_FILE), COMBINERS[ensemble.combine], _probe(fused))
     notify("compile and prove", 2, 2)
     task = Task("classification", OUTPUT, "probabilities", members[0].task.classes)
-    return _manifest(spec, task, sources, [check])
+    return _manifest(spec, task, sources, [check], {})
 
 
 BUILDERS: Mapping[str, Callable[[Repository, Spec, Path, Notify], Manifest]] = {
@@ -118,9 +132,9 @@ BUILDERS: Mapping[str, Callable[[Repository, Spec, Path, Notify], Manifest]] = {
 def read_arrays(path: Path) -> Arrays:
     """The arrays of an .npz file by name, never pickled objects. Raises InvalidData."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InvalidData(f"{path} is no .npz of plain arrays that can be read: {error}") from error
 
 
@@ -138,34 +152,41 @@ def _open_source(repository: Repository, reference: str, spec: Spec) -> Source:
     version.verify()
     model = load(version.model_path)
     stated = version.manifest.task if version.manifest else None
-    return Source(version, model, repository.spec(name).task or stated or infer_task(model))
+    return Source(version, model, settle_task(repository.spec(name).task or stated, model))
 
 
 def _task_of(source: Source) -> Task:
     if source.task is None:
         raise InvalidModel(
-            f"the graph of '{source.label}' does not tell what its output means; state `task:` in its model.yaml"
+            f"the graph of '{source.version.label}' does not tell what its output means; "
+            "state `task:` in its model.yaml"
         )
     return source.task
 
 
 def _probe(model: ir.Model) -> Arrays:
-    """Random rows that fit the network's input, for comparisons that hold on any input. Raises InvalidModel."""
+    """Random rows that fit the network's input: normal floats, or integers of 0 and 1. Raises InvalidModel."""
     value = batch_input(model)
-    shape = [17, *(value.shape or [])[1:]]
-    if value.dtype is None or not value.dtype.is_floating_point() or not all(isinstance(axis, int) for axis in shape):
-        raise InvalidModel(f"input '{value.name}' is {value.dtype} {shape}; expected floats of a fixed shape per row")
-    values = np.random.default_rng(0).standard_normal([int(axis) for axis in shape])
+    shape = [PROBE_ROWS, *(value.shape or [])[1:]]
+    if value.dtype is None or not all(isinstance(axis, int) for axis in shape):
+        raise InvalidModel(f"input '{value.name}' is {value.dtype} {shape}; expected a fixed shape per row")
+    generator = np.random.default_rng(0)
+    sizes = [int(axis) for axis in shape]
+    floating = value.dtype.is_floating_point()
+    values = generator.standard_normal(sizes) if floating else generator.integers(2, size=sizes)
     return {named(value): values.astype(value.dtype.numpy())}
 
 
-def _manifest(spec: Spec, task: Task | None, sources: Sequence[Source], checks: Sequence[Check]) -> Manifest:
+def _manifest(
+    spec: Spec, task: Task | None, sources: Sequence[Source], checks: Sequence[Check], inputs: Mapping[str, str]
+) -> Manifest:
+    hashes = {name: value for source in sources for name, value in source.version.hashes().items()}
     return Manifest(
         kind=spec.kind,
         task=task,
-        inputs={source.label: source.hash for source in sources},
+        inputs={**hashes, **inputs},
         recipe=dict(spec.body),
         checks=tuple(checks),
-        members=tuple(source.label for source in sources),
+        members=tuple(source.version.label for source in sources),
         made_by=f"ensemerge {__version__}",
     )

@@ -52,11 +52,6 @@ class Fields:
             return None
         return checked(self._left.pop(key), kind, f"{self.where}: '{key}'")
 
-    def take_any(self, key: str, default: object) -> object:
-        """The value of `key`, of whatever type: for keys that have a short and a long form."""
-        self._asked.append(key)
-        return self._left.pop(key, default)
-
     def choose(self, key: str, choices: Iterable[str], default: str) -> str:
         """The value of `key`, which must be one of `choices`. Raises InvalidSpec."""
         value = self.take(key, str, default)

@@ -27,7 +27,7 @@ from typing import Any
 
 import yaml
 
-from ensemerge.errors import InvalidModel, InvalidSpec, NotFound
+from ensemerge.errors import CheckFailed, InvalidModel, InvalidSpec, NotFound
 from ensemerge.fields import Fields
 
 MODEL_FILE = "model.onnx"
@@ -74,6 +74,17 @@ class Check:
     difference: float
     bound: float
     detail: str = ""
+
+    @classmethod
+    def measured(cls, name: str, difference: float, bound: float, detail: str) -> Check:
+        """A promise that was kept. Raises CheckFailed when `difference` lies above `bound`, or is NaN."""
+        if not difference <= bound:
+            raise CheckFailed(
+                f"{name}: {detail} is {difference:.2e}; expected at most {bound:.0e}",
+                difference=difference,
+                bound=bound,
+            )
+        return cls(name, difference, bound, detail)
 
 
 @dataclass(frozen=True)
@@ -138,16 +149,26 @@ class Version:
     manifest: Manifest | None
 
     @property
+    def label(self) -> str:
+        return f"{self.name}:{self.number}"
+
+    @property
     def model_path(self) -> Path:
         return self.folder / MODEL_FILE
+
+    def hashes(self) -> dict[str, str]:
+        """The SHA-256 of each file of the version but its manifest, by `name:version/file`."""
+        files = sorted(path for path in self.folder.iterdir() if path.is_file() and path.name != MANIFEST_FILE)
+        return {f"{self.label}/{path.name}": sha256(path) for path in files}
 
     def verify(self) -> None:
         """Compare the files with the hashes of the manifest. Raises InvalidModel."""
         for name, expected in (self.manifest.files if self.manifest else {}).items():
-            got = sha256(self.folder / name)
+            path = self.folder / name
+            got = sha256(path) if path.is_file() else "no file"
             if got != expected:
                 raise InvalidModel(
-                    f"{self.folder / name} is not the file that its manifest describes: expected SHA-256 {expected}, "
+                    f"{path} is not the file that its manifest describes: expected SHA-256 {expected}, "
                     f"got {got}; build the version again"
                 )
 
@@ -212,7 +233,10 @@ class Repository:
         folder = self.folder(name)
         folder.mkdir(exist_ok=True)
         aside = folder / f".{SPEC_FILE}"
-        aside.write_text(yaml.safe_dump(dict(spec), sort_keys=False))
+        with aside.open("w") as file:
+            yaml.safe_dump(dict(spec), file, sort_keys=False)
+            file.flush()
+            os.fsync(file.fileno())
         aside.replace(folder / SPEC_FILE)
 
     def publish(self, name: str, fill: Callable[[Path], Manifest]) -> Version:

@@ -29,13 +29,13 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_the_story_holds(demo: tuple[Path, str]) -> None:
     _, shown = demo
-    lows, highs = zip(*(map(float, pair) for pair in re.findall(r"interval\s+\[(\S+),\s+(\S+)\]", shown)), strict=True)
-    best_member, merged, collapsed = range(3)
-    assert highs[best_member] >= 0, "the ensemble is below its best member by more than the interval"
-    assert highs[merged] > -1.5, "the merged fine-tunes are more than 1.5 points below the ensemble"
-    assert highs[collapsed] < -30, "independent networks averaged as they are did not collapse"
-    assert lows[collapsed] < highs[collapsed]
-    assert "ensemerge serve" in shown
+    found = re.findall(r"(\S+) points, 95 % interval \[(\S+), (\S+)\]", shown)
+    best_member, merged, collapsed = ([float(figure) for figure in line] for line in found)
+    # A stream of 1,500 is too short for the claim itself, which `make demo` makes on 20,000.
+    assert best_member[2] >= 0, "the ensemble is below its best member by more than the interval"
+    assert merged[0] >= -1.5, "the merged fine-tunes are more than 1.5 points below the ensemble"
+    assert collapsed[2] < -30, "independent networks averaged as they are did not collapse"
+    assert " serve " in shown
 
 
 def test_the_networks_are_good_and_the_manifests_say_what_was_checked(demo: tuple[Path, str]) -> None:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from ensemerge.export import InputSpec, publish_module
+from ensemerge.export import InputSpec, Provenance, publish_module
 from ensemerge.repository import Repository, Version
 
 CLASSES = 3
@@ -82,7 +82,7 @@ def tiny_net(seed: int) -> TinyNet:
 
 
 def publish_tiny(repository: Repository, name: str, seed: int) -> Version:
-    return publish_module(repository, name, tiny_net(seed), [IMAGE], seed=seed)
+    return publish_module(repository, name, tiny_net(seed), [IMAGE], provenance=Provenance(seed=seed))
 
 
 def images(rows: int, seed: int = 0) -> np.ndarray:

@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with bars(console) as notify:
             version = build(Repository(options.model.parent), options.model.name, notify)
-    except EnsemergeError as error:
+    except (EnsemergeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     show_version(version, as_json=options.json)

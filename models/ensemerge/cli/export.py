@@ -7,9 +7,9 @@ import importlib
 import pickle
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -18,7 +18,7 @@ from torch import nn
 
 from ensemerge.cli.shared import show_version
 from ensemerge.errors import EnsemergeError, InvalidData
-from ensemerge.export import InputSpec, publish_module
+from ensemerge.export import InputSpec, Provenance, publish_module
 from ensemerge.repository import SCALES, TASK_KINDS, Repository, Task, sha256
 
 _INPUT = re.compile(r"(?P<name>[^:]+):(?P<shape>(\d+(x\d+)*)?)(:(?P<dtype>\w+)(:(?P<high>\d+))?)?")
@@ -35,12 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.to.name,
             module,
             [parse_input(text) for text in options.input],
-            output=options.output,
+            outputs=options.output or ["logits"],
             task=_task(options),
-            sources={options.checkpoint.name: sha256(options.checkpoint)},
-            recipe={"factory": options.factory},
+            provenance=Provenance({options.checkpoint.name: sha256(options.checkpoint)}, {"factory": options.factory}),
         )
-    except EnsemergeError as error:
+    except (EnsemergeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     show_version(version, as_json=options.json)
@@ -52,21 +51,31 @@ def load_module(factory: str, checkpoint: Path) -> nn.Module:
 
     The factory is your code and runs; the checkpoint is data: tensors only, nothing in it is executed.
     """
-    module_name, colon, name = factory.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
+    make = _find(factory)
     try:
-        made = getattr(importlib.import_module(module_name), name)() if colon else None
-    except (ImportError, AttributeError) as error:
-        raise InvalidData(f"'{factory}' cannot be found: {error}; expected package.module:factory") from error
-    finally:
-        sys.path.pop(0)
+        made = make()
+    except Exception as error:  # it is somebody else's code
+        raise InvalidData(f"'{factory}' failed: {error!r}; expected a function that needs no arguments") from error
     if not isinstance(made, nn.Module):
-        raise InvalidData(f"'{factory}' gives {type(made).__name__}; expected package.module:factory of a torch module")
+        raise InvalidData(f"'{factory}' gives {type(made).__name__}; expected a function that makes a torch module")
     try:
         made.load_state_dict(read_checkpoint(checkpoint))
     except RuntimeError as error:
         raise InvalidData(f"{checkpoint} does not fit the module: {error}") from error
     return made
+
+
+def _find(factory: str) -> Callable[[], object]:
+    """The function that `package.module:factory` names, as seen from the folder where the command runs."""
+    module_name, _, name = factory.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InvalidData(f"'{factory}' cannot be found: {error}; expected package.module:factory") from error
+    if not callable(found):
+        raise InvalidData(f"'{factory}' is a {type(found).__name__}; expected a function that makes a torch module")
+    return cast("Callable[[], object]", found)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -98,10 +107,12 @@ def parse_input(text: str) -> InputSpec:
 
 
 def _task(options: argparse.Namespace) -> Task | None:
-    if options.task is None:
+    """The task as far as it was stated; None leaves it to the graph."""
+    if not (options.task or options.scale or options.classes):
         return None
     classes = tuple(options.classes.split(",")) if options.classes else ()
-    return Task(options.task, options.output, options.scale, classes)
+    output = (options.output or ["logits"])[0]
+    return Task(options.task or "classification", output, options.scale or "logits", classes)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -118,9 +129,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME:SHAPE[:DTYPE[:HIGH]]",
         help="an input, its shape without the batch; repeat in the order of the module's arguments",
     )
-    parser.add_argument("--output", default="logits", help="what to call the output (default logits)")
-    parser.add_argument("--task", choices=TASK_KINDS, help="what the output means; without it the graph is asked")
-    parser.add_argument("--scale", choices=SCALES, default="logits", help="of a classification (default logits)")
+    parser.add_argument("--output", action="append", help="what to call an output (default logits); repeat in order")
+    parser.add_argument("--task", choices=TASK_KINDS, help="what the first output means; else the graph is asked")
+    parser.add_argument("--scale", choices=SCALES, help="of a classification (default logits)")
     parser.add_argument("--classes", default="", metavar="NAME,NAME,…", help="names of the classes")
     parser.add_argument("--json", action="store_true", help="the version's manifest as JSON")
     return parser

@@ -50,11 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         report = run(Repository(options.repository, create=True), options.report, options.requests, console)
     except (EnsemergeError, ClientError) as error:
-        console.print(f"[red]error:[/red] {error}")
+        print(f"error: {error}", file=sys.stderr)
         return 1
     show(report, console)
     console.print(f"\nThe report with plots: {options.report}")
-    console.print(f"Serve these models for good: [bold]ensemerge serve {options.repository}[/bold]", soft_wrap=True)
+    console.print(f"Serve these models for good: {_command()} serve {options.repository}", markup=False, soft_wrap=True)
     return 0
 
 
@@ -124,7 +124,8 @@ def _arms(experiment: Measurement, answers: dict[str, Answers]) -> list[Answers]
             probabilities=whole.probabilities[arms == arm],
             labels=whole.labels[arms == arm],
             latencies=whole.latencies[arms == arm],
-            seconds=whole.seconds,
+            # The arms ran at the same time: each has the experiment's rate.
+            seconds=whole.seconds * float((arms == arm).mean()),
             cost=answers[model].cost,
         )
         for arm, model in models.items()
@@ -154,10 +155,24 @@ def _facts(answers: dict[str, Answers], stream: digits.Images) -> list[tuple[str
     return [
         ("Stream", f"{len(stream):,} requests of one image, drawn from {digits.TEST_IMAGES} held-out digits"),
         ("Distortion", f"shift {setting.shift} px, rotation {setting.rotation}°, noise {setting.noise} (deviations)"),
+        ("Intervals", f"for this stream of {digits.TEST_IMAGES} drawings; for drawings of other people they are wider"),
         ("Seeds", f"stream {STREAM_SEED}, users {USERS_SEED}"),
         ("In flight", f"{IN_FLIGHT} requests from one client; cost measured with one in flight"),
         ("Ensemble and merge disagree", f"on {disagree:.1%} of the requests"),
     ]
+
+
+def _command() -> str:
+    """This command as it was typed: in a virtual environment that is not active, its path is part of it."""
+    script = Path(sys.argv[0])
+    return str(script) if script.name == "ensemerge" else "ensemerge"
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is too few; expected at least 1")
+    return number
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -166,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--repository", type=Path, default=Path("models/repository"), help="where the models go")
     parser.add_argument("--report", type=Path, default=Path(REPORT_FILE), help="where the page goes")
-    parser.add_argument("--requests", type=int, default=20_000, help="length of the stream (default 20000)")
+    parser.add_argument("--requests", type=_positive, default=20_000, help="length of the stream (default 20000)")
     return parser
 
 

@@ -85,7 +85,7 @@ async def _send(client: AsyncClient, model: str, stream: Images, users: np.ndarr
 
     async def worker() -> None:
         for row in waiting:
-            image = stream.pixels[row : row + 1].numpy()
+            image = _image(stream, row)
             started = time.perf_counter()
             result = await client.infer(model, {"image": image}, parameters={UNIT: f"user-{users[row]}"})
             results[row] = result, time.perf_counter() - started
@@ -105,9 +105,14 @@ async def _measure_costs(client: AsyncClient, logs: dict[str, Log], stream: Imag
     """The computing time of single rows, the models in turn, with nothing else on the way."""
     for row in range(COST_REQUESTS):
         for model, log in logs.items():
-            result = await client.infer(model, {"image": stream.pixels[row : row + 1].numpy()})
+            result = await client.infer(model, {"image": _image(stream, row % len(stream))})
             if result.timings is not None:
                 log.compute_seconds.append(result.timings.compute_seconds / result.timings.batch_rows)
+
+
+def _image(stream: Images, row: int) -> np.ndarray:
+    """One image of the stream, as a batch of one."""
+    return stream.pixels[row : row + 1].numpy()
 
 
 def _probabilities(result: Result) -> Floats:

@@ -23,8 +23,12 @@ COMBINERS: dict[str, Combiner] = {"mean_probability": mean_probability}
 
 
 def to_probabilities(output: Floats, scale: str) -> Floats:
-    """A member's output on the scale of probabilities; `scale` is what it is on (`logits` or `probabilities`)."""
-    return softmax(output) if scale == "logits" else output
+    """A member's output on the scale of probabilities, `scale` being what it is on (`logits` or `probabilities`).
+
+    Half precision is widened to float32: its softmax would lose what the member knew.
+    """
+    wide = output.astype(np.result_type(output.dtype, np.float32), copy=False)
+    return softmax(wide) if scale == "logits" else wide
 
 
 def combine(outputs: Sequence[Floats], scales: Sequence[str], combiner: Combiner) -> Floats:

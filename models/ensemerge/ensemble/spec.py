@@ -19,7 +19,7 @@ PLANS = ("auto", "fused")
 
 @dataclass(frozen=True)
 class EnsembleSpec:
-    """An ensemble as data."""
+    """An ensemble as data. Until there is another plan, `auto` means `fused`."""
 
     members: tuple[str, ...]
     combine: str

@@ -26,9 +26,9 @@ def load(path: Path | str) -> ir.Model:
 def save(model: ir.Model, path: Path | str) -> None:
     """Write an ONNX file and check it. Raises InvalidModel.
 
-    Weights stay inside the file: a version is one file as long as protobuf's 2 GiB allow it.
+    Weights come into the file, wherever they were: a version is one file as long as protobuf's 2 GiB allow it.
     """
-    ir.save(model, path)
+    ir.save(ir.external_data.load_to_model(model), path)
     try:
         onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as error:

@@ -21,6 +21,10 @@ def pair_weights(reference: ir.Model, other: ir.Model) -> dict[str, str]:
     Both graphs are walked side by side from their inputs. Raises StructureMismatch at the first place where operator,
     attributes, wiring, shape or dtype differ.
     """
+    if reference.opset_imports != other.opset_imports:
+        raise StructureMismatch(f"expected opsets {reference.opset_imports} in both graphs, got {other.opset_imports}")
+    if reference.functions or other.functions:
+        raise StructureMismatch("graphs with local functions cannot be paired; expected them inlined at export")
     pairs: dict[ir.Value, ir.Value] = {}
     _pair_all("graph inputs", _free_inputs(reference), _free_inputs(other), pairs)
     nodes, others = list(reference.graph), list(other.graph)
@@ -46,7 +50,7 @@ def _pair_nodes(node: ir.Node, other: ir.Node, pairs: dict[ir.Value, ir.Value]) 
         differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
         raise StructureMismatch(f"{where} ({node.op_type}): attributes differ: {', '.join(differing)}")
     _pair_all(where, list(node.inputs), list(other.inputs), pairs)
-    pairs.update(zip(node.outputs, other.outputs, strict=True))
+    _pair_all(where, list(node.outputs), list(other.outputs), pairs)
 
 
 def _attributes(node: ir.Node) -> dict[str, Any]:

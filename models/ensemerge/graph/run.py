@@ -25,7 +25,7 @@ class Runner:
     """
 
     def __init__(self, model: ir.Model | Path, *, batch_rows: int = 256) -> None:
-        source = str(model) if isinstance(model, Path) else ir.to_proto(model).SerializeToString()
+        source = str(model) if isinstance(model, Path) else _serialized(model)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         try:
@@ -56,7 +56,12 @@ class Runner:
     def _rows(self, feeds: Arrays) -> int:
         if set(feeds) != set(self.inputs):
             raise InvalidData(f"expected arrays for {sorted(self.inputs)}, got {sorted(feeds)}")
-        counts = {len(array) for array in feeds.values()}
+        counts = {len(array) if array.ndim else 0 for array in feeds.values()}
         if len(counts) != 1 or 0 in counts:
             raise InvalidData(f"expected arrays with one number of rows, at least 1; got {sorted(counts)}")
         return counts.pop()
+
+
+def _serialized(model: ir.Model) -> bytes:
+    """A graph with its weights inside: bytes have no folder in which external files could lie."""
+    return ir.to_proto(ir.external_data.load_to_model(model)).SerializeToString()

@@ -24,7 +24,8 @@ def with_weights(model: ir.Model, weights: Weights) -> ir.Model:
             raise StructureMismatch(
                 f"weight '{name}': expected {old.dtype} {list(old.shape)}, got {array.dtype} {list(array.shape)}"
             )
-        value.const_value = ir.tensor(np.ascontiguousarray(array), name=name)
+        # Not ascontiguousarray, which gives a scalar an axis.
+        value.const_value = ir.tensor(np.asarray(array, order="C"), name=name)
     return changed
 
 

@@ -6,15 +6,21 @@ weights, a computed zero bias for every convolution without one, and the source 
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import onnx_ir as ir
 from onnxscript import optimizer
+
+# What the exporter calls a value that it computed itself.
+_MADE_UP = re.compile(r"val_\d+")
 
 
 def tidy(model: ir.Model) -> None:
     """Fold constants, drop what they leave behind, and remove traces of the machine that exported. In place.
 
-    Normalisation is kept as its own nodes: its statistics are weights of the network and get re-estimated.
+    Normalisation is kept as its own nodes: its statistics are weights of the network and get re-estimated. What is
+    computed from weights alone (`scale.exp()`, weight normalisation) becomes one weight, and a merge averages that.
     """
     optimizer.fold_constants(model)
     drop_zero_biases(model)
@@ -30,7 +36,7 @@ def drop_zero_biases(model: ir.Model) -> None:
 
 
 def _is_made_up_zero(value: ir.Value | None) -> bool:
-    if value is None or value.const_value is None or not (value.name or "").startswith("val_"):
+    if value is None or value.const_value is None or not _MADE_UP.fullmatch(value.name or ""):
         return False
     return not np.any(value.const_value.numpy())
 

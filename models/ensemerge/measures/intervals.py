@@ -21,9 +21,6 @@ class Interval:
     low: float
     high: float
 
-    def __format__(self, specification: str) -> str:
-        return f"{self.estimate:{specification}} [{self.low:{specification}}, {self.high:{specification}}]"
-
 
 def wilson(successes: int, trials: int, confidence: float = 0.95) -> Interval:
     """Interval of a share (Wilson 1927, JASA 22:209). Without trials nothing is known: [0, 1]."""

@@ -9,8 +9,10 @@ calibration: {data: calibration.npz, restore: batch_norm}     # ours: what is re
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from ensemerge.errors import InvalidSpec
 from ensemerge.fields import Fields
 from ensemerge.repository import Spec
 
@@ -62,6 +64,8 @@ def _ingredient(entry: object, where: str) -> Ingredient:
     fields.finish()
     weight = parameters.take("weight", float, 1.0)
     parameters.finish()
+    if not math.isfinite(weight):
+        raise InvalidSpec(f"{where}: weight is {weight}; expected a finite number")
     return Ingredient(model, weight)
 
 

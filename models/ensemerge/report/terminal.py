@@ -34,7 +34,7 @@ def _table(title: str, cards: Sequence[Scorecard], *, wide: bool) -> Table:
     if wide:
         table.add_column("what it is")
         table.add_column("requests", justify="right")
-    for heading in ("accuracy, 95 %", "loss", "p50", "p95", "p99 ms", "req/s", "cost"):
+    for heading in ("accuracy, 95 %", "loss", "p50 p95 p99 ms", "req/s", "cost"):
         table.add_column(heading, justify="right", no_wrap=True)
     for card in cards:
         words = (card.what, f"{card.rows:,}") if wide else ()
@@ -47,7 +47,7 @@ def _figures(card: Scorecard) -> list[str]:
     return [
         f"{accuracy.estimate * 100:.1f} [{accuracy.low * 100:.1f}–{accuracy.high * 100:.1f}]",
         f"{card.log_loss:.3f}",
-        *(f"{seconds * 1e3:.1f}" for seconds in (card.p50, card.p95, card.p99)),
+        " ".join(f"{seconds * 1e3:.1f}" for seconds in (card.p50, card.p95, card.p99)),
         f"{card.requests_per_second:,.0f}",
         f"{card.relative_cost:.2f}×",
     ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import ml_dtypes
+import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -38,8 +40,21 @@ class OnnxWeights:
         tensor = self._initializers[name].const_value
         if tensor is None:
             raise InvalidModel(f"weight '{name}' has no value; expected an initializer with data")
-        # A copy of what may be a read-only map of the file: torch has no read-only tensors.
-        return torch.from_numpy(tensor.numpy().copy())
+        return to_tensor(tensor.numpy())
+
+
+def to_tensor(array: np.ndarray) -> torch.Tensor:
+    """A tensor of its own with the values of `array`, which may be a read-only map of a file."""
+    if array.dtype == ml_dtypes.bfloat16:  # a dtype that numpy alone does not know
+        return torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())
+
+
+def to_array(tensor: torch.Tensor) -> np.ndarray:
+    """The values of `tensor` as an array; `to_tensor` the other way round."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
 
 
 class RenamedWeights:

@@ -1,8 +1,10 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
-from support.graphs import images, publish_tiny, tiny_net, write_linear
+from support.graphs import from_text, images, linear_text, publish_tiny, tiny_net, write_linear
 
 from ensemerge.build import build
 from ensemerge.errors import EnsemergeError
@@ -31,7 +33,7 @@ def test_a_merge_is_the_mean_of_the_torch_weights(repository: Repository) -> Non
         assert merged.numpy() == pytest.approx((first[name] + 3 * second[name]).numpy() / 4, abs=1e-6)
     assert version.manifest is not None
     assert version.manifest.members == ("a:1", "b:1")
-    assert set(version.manifest.inputs) == {"a:1", "b:1"}
+    assert set(version.manifest.inputs) == {"a:1/model.onnx", "b:1/model.onnx"}
 
 
 def test_calibration_restores_statistics_and_records_it(repository: Repository) -> None:
@@ -40,6 +42,7 @@ def test_calibration_restores_statistics_and_records_it(repository: Repository) 
     np.savez(repository.folder("restored") / "calibration.npz", image=images(64))
     manifest = build(repository, "restored").manifest
     assert manifest is not None
+    assert "restored/calibration.npz" in manifest.inputs
     (check,) = manifest.checks
     assert (check.name, check.difference <= check.bound) == ("restored_batch_norm", True)
 
@@ -84,6 +87,77 @@ def test_what_cannot_be_built_says_why_and_publishes_nothing(
     with pytest.raises(EnsemergeError, match=problem):
         build(repository, "odd")
     assert repository.versions("odd") == []
+
+
+def write(repository: Repository, name: str, model: ir.Model, external: str | None = None) -> None:
+    (repository.folder(name) / "1").mkdir(parents=True)
+    ir.save(model, repository.folder(name) / "1" / "model.onnx", external_data=external, size_threshold_bytes=0)
+
+
+def test_weights_in_files_of_their_own_are_read_and_brought_in(tmp_path: Path) -> None:
+    repository = Repository(tmp_path)
+    for name, seed in (("a", 1), ("b", 2)):
+        write(repository, name, from_text(linear_text(seed)), "model.onnx.data")
+    repository.write_spec("both", {"kind": "ensemble", "members": ["a", "b"]})
+    repository.write_spec("mean", {"kind": "merge", "models": [{"model": "a"}, {"model": "b"}]})
+    for name in ("both", "mean"):
+        version = build(repository, name)
+        assert [path.name for path in sorted(version.folder.iterdir())] == ["manifest.json", "model.onnx"]
+        assert version.manifest is not None
+        assert "a:1/model.onnx.data" in version.manifest.inputs
+        Runner(version.model_path).run({"x": np.ones((3, 4), np.float32)})
+
+
+SCALAR = """
+    <ir_version: 10, opset_import: ["" : 20]>
+    first (float[batch, 2, 3] x) => (float[batch, 3] logits) <int64 zero = {0}, float[3] w = {%s}>
+    { row = Gather<axis=1>(x, zero)  logits = Mul(row, w) }
+"""
+
+
+def test_scalar_weights_stay_scalars(tmp_path: Path) -> None:
+    repository = Repository(tmp_path)
+    for name, weights in (("a", "1, 2, 3"), ("b", "3, 2, 1")):
+        write(repository, name, from_text(SCALAR % weights))
+    repository.write_spec("mean", {"kind": "merge", "models": [{"model": "a"}, {"model": "b"}]})
+    answer = Runner(build(repository, "mean").model_path).run({"x": np.ones((2, 2, 3), np.float32)})["logits"]
+    assert answer.tolist() == [[2.0, 2.0, 2.0]] * 2
+
+
+def test_classes_in_another_order_are_not_merged(tmp_path: Path) -> None:
+    repository = Repository(tmp_path)
+    for name, classes in (("a", ["cat", "dog", "emu"]), ("b", ["emu", "cat", "dog"])):
+        write(repository, name, from_text(linear_text(1)))
+        repository.write_spec(name, {"task": {"output": "logits", "classes": classes}})
+    repository.write_spec("mean", {"kind": "merge", "models": [{"model": "a"}, {"model": "b"}]})
+    with pytest.raises(EnsemergeError, match="expected one task"):
+        build(repository, "mean")
+
+
+def test_integer_inputs_and_double_precision_make_ensembles_too(tmp_path: Path) -> None:
+    repository = Repository(tmp_path)
+    text = """
+        <ir_version: 10, opset_import: ["" : 20]>
+        embed (int64[batch, 2] x) => (double[batch, 2] logits) <double[2, 2] table = {%s}, int64[1] axis = {1}>
+        { rows = Gather(table, x)  logits = ReduceSum<keepdims=0>(rows, axis) }
+    """
+    for name, table in (("a", "0, 1, 2, 3"), ("b", "3, 1, 0, 2")):
+        write(repository, name, from_text(text % table))
+    repository.write_spec("both", {"kind": "ensemble", "members": ["a", "b"]})
+    answer = Runner(build(repository, "both").model_path).run({"x": np.array([[0, 1]])})["probabilities"]
+    assert answer.dtype == np.float64
+    assert answer.sum() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("spoil", [lambda raw: raw[: len(raw) // 2], lambda raw: b"", lambda raw: b"\x93NUMPY\x01\x00"])
+def test_calibration_that_cannot_be_read_is_told(repository: Repository, spoil: Callable[[bytes], bytes]) -> None:
+    spec = {"kind": "merge", "models": [{"model": "a"}, {"model": "b"}], "calibration": {"data": "calibration.npz"}}
+    repository.write_spec("spoilt", spec)
+    path = repository.folder("spoilt") / "calibration.npz"
+    np.savez(path, image=images(8))
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(EnsemergeError, match=r"is no \.npz of plain arrays"):
+        build(repository, "spoilt")
 
 
 def test_a_member_that_was_tampered_with_is_refused(repository: Repository, tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ import onnx_ir as ir
 import pytest
 from support.graphs import from_text, linear_text
 
-from ensemerge.ensemble.combiners import combine, mean_probability
-from ensemerge.ensemble.compiler import Member, emit_mean, fuse, prove
+from ensemerge.ensemble.combiners import COMBINERS, combine, mean_probability
+from ensemerge.ensemble.compiler import EMITTERS, Member, emit_mean, fuse, prove
 from ensemerge.errors import CheckFailed, InvalidModel
 from ensemerge.graph.run import Runner
 from ensemerge.graph.tasks import infer_task
@@ -49,9 +49,27 @@ def test_members_stay_as_they_were() -> None:
 
 def test_a_graph_that_does_not_equal_its_members_is_refused() -> None:
     members = [member(0), member(1)]
-    with pytest.raises(CheckFailed, match="differs from its members") as caught:
+    with pytest.raises(CheckFailed, match="equals_members") as caught:
         prove(members, fuse([member(0), member(2)], emit_mean), mean_probability, FEEDS)
     assert caught.value.difference > caught.value.bound
+
+
+def test_a_member_that_answers_nan_is_no_equal() -> None:
+    good = member(0)
+    broken = member(0)
+    broken.model.graph.initializers["b"].const_value = ir.tensor(np.full(3, np.nan, np.float32), name="b")
+    with pytest.raises(CheckFailed, match="is inf"):
+        prove([good, good], fuse([good, broken], emit_mean), mean_probability, FEEDS)
+
+
+def test_every_combiner_has_a_compiled_form() -> None:
+    assert set(EMITTERS) == set(COMBINERS)
+
+
+def test_an_input_called_as_the_output_is_refused() -> None:
+    odd = member(1, old="x", new="probabilities").model
+    with pytest.raises(InvalidModel, match="input is called 'probabilities'"):
+        fuse([Member("odd", odd, member(0).task)], emit_mean)
 
 
 def test_members_that_do_not_fit_are_named() -> None:

@@ -23,7 +23,6 @@ def test_another_depth_is_refused() -> None:
 
 
 def test_another_width_names_the_weight_and_both_shapes() -> None:
-    narrow = linear_text(0).replace("float[4, 3] w", "float[4, 3] w")
     wide = from_text(
         """
         <ir_version: 10, opset_import: ["" : 20]>
@@ -33,7 +32,7 @@ def test_another_width_names_the_weight_and_both_shapes() -> None:
         """
     )
     with pytest.raises(StructureMismatch, match=r"weight 'w' is FLOAT \[4, 3\], its counterpart 'w' FLOAT \[4, 2\]"):
-        pair_weights(from_text(narrow), wide)
+        pair_weights(from_text(linear_text(0)), wide)
 
 
 def test_other_attributes_are_named() -> None:
@@ -64,3 +63,25 @@ def test_constants_must_be_equal() -> None:
     other.graph.initializers["shape"].const_value = ir.tensor([2, -1, 2], dtype=ir.DataType.INT64, name="shape")
     with pytest.raises(StructureMismatch, match="constants 'shape' and 'shape' differ"):
         pair_weights(from_text(text), other)
+
+
+def test_other_opsets_and_functions_are_refused() -> None:
+    with pytest.raises(StructureMismatch, match="expected opsets"):
+        pair_weights(from_text(linear_text(0)), from_text(linear_text(0).replace('"" : 20', '"" : 18')))
+    text = """
+        <ir_version: 10, opset_import: ["" : 20, "own" : 1]>
+        g (float[batch, 4] x) => (float[batch, 4] y) { y = own.f(x) }
+        <domain: "own", opset_import: ["" : 20]> f (a) => (b) { b = Relu(a) }
+    """
+    with pytest.raises(StructureMismatch, match="local functions"):
+        pair_weights(from_text(text), from_text(text.replace("Relu", "Neg")))
+
+
+def test_another_number_of_outputs_is_refused() -> None:
+    text = """
+        <ir_version: 10, opset_import: ["" : 20]>
+        g (float[batch, 1, 4, 4] x) => (float[batch, 1, 2, 2] y)
+        { y%s = MaxPool<kernel_shape=[2, 2], strides=[2, 2]>(x) }
+    """
+    with pytest.raises(StructureMismatch, match="expected 1 values, got 2"):
+        pair_weights(from_text(text % ""), from_text(text % ", where"))

@@ -38,7 +38,20 @@ def test_integers_that_differ_are_refused() -> None:
         merge({"steps": torch.tensor([7])}, {"steps": torch.tensor([8])})
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_refused_by_name_and_model(bad: float) -> None:
-    with pytest.raises(InvalidModel, match="weight 'w' of model 1 holds NaN or infinity"):
-        merge({"w": torch.tensor([1.0])}, {"w": torch.tensor([bad])})
+def test_nan_is_refused_by_name_and_model() -> None:
+    with pytest.raises(InvalidModel, match="weight 'w' of model 1 holds NaN"):
+        merge({"w": torch.tensor([1.0])}, {"w": torch.tensor([float("nan")])})
+
+
+def test_masks_with_infinities_are_copied_where_equal_and_refused_elsewhere() -> None:
+    mask = torch.tensor([0.0, float("-inf")])
+    assert torch.equal(merge({"mask": mask}, {"mask": mask.clone()})["mask"], mask)
+    with pytest.raises(InvalidModel, match="merging 'mask' gives values that are not finite"):
+        merge({"mask": mask}, {"mask": torch.zeros(2)})
+
+
+def test_a_result_beyond_the_dtype_is_refused() -> None:
+    large = torch.tensor([60000.0], dtype=torch.float16)
+    readers = [InMemory({"w": large}), InMemory({"w": -large})]
+    with pytest.raises(InvalidModel, match=r"not finite.*float16"):
+        dict(merge_weights(readers, [3.0, -2.0], linear))

@@ -20,11 +20,12 @@ def test_merging_a_model_with_itself_returns_it(weights: list[float]) -> None:
 
 
 def test_half_precision_is_summed_in_float32_and_rounded_once() -> None:
-    tensors = [torch.tensor([256.0, 1.0], dtype=torch.bfloat16) for _ in range(3)]
-    tensors += [torch.tensor([1.0, 1.0], dtype=torch.bfloat16)]
+    # In bfloat16 256 + 1 is 256 again, so that a running sum would give 64.
+    tensors = [torch.tensor([value], dtype=torch.bfloat16) for value in (256.0, 1.0, 1.0, 1.0)]
+    running = sum(tensors[1:], tensors[0]) / 4
     merged = linear(tensors, [1, 1, 1, 1])
     assert merged.dtype == torch.bfloat16
-    assert merged[0] == torch.tensor((3 * 256 + 1) / 4).to(torch.bfloat16)
+    assert merged.item() == torch.tensor(259 / 4).to(torch.bfloat16).item() != running.item()
 
 
 def test_weights_that_cancel_are_refused() -> None:

@@ -3,7 +3,8 @@ from typing import Any
 import pytest
 
 from ensemerge.errors import InvalidSpec
-from ensemerge.merge.recipe import Calibration, Ingredient, MergeRecipe, parse_recipe
+from ensemerge.merge.methods import METHODS
+from ensemerge.merge.recipe import METHOD_NAMES, Calibration, Ingredient, MergeRecipe, parse_recipe
 from ensemerge.repository import Spec
 
 
@@ -28,6 +29,7 @@ def test_a_whole_recipe() -> None:
         ({"models": [{"model": "a"}], "merge_method": "liner"}, "did you mean 'linear'"),
         ({"models": [{"modle": "a"}]}, "'model' is missing; there is 'modle'"),
         ({"models": [{"model": "a", "parameters": {"wieght": 1}}]}, "did you mean 'weight'"),
+        ({"models": [{"model": "a", "parameters": {"weight": float("nan")}}]}, "expected a finite number"),
         ({"models": "a"}, "'models': expected a list"),
         ({"models": [{"model": "a"}], "calibration": {}}, "'data' is missing"),
         ({}, "'models' is missing"),
@@ -36,3 +38,7 @@ def test_a_whole_recipe() -> None:
 def test_a_recipe_that_is_not_understood_says_where(body: dict[str, Any], problem: str) -> None:
     with pytest.raises(InvalidSpec, match=problem):
         parse(**body)
+
+
+def test_every_method_that_a_recipe_can_name_exists() -> None:
+    assert set(METHOD_NAMES) == set(METHODS)

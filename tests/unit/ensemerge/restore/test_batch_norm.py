@@ -66,6 +66,22 @@ def test_every_wave_is_reported(model: ir.Model) -> None:
     assert seen == [("restore statistics", 1, 2), ("restore statistics", 2, 2)]
 
 
+SHARED = """
+    <ir_version: 10, opset_import: ["" : 20]>
+    twice (float[batch, 2] image) => (float[batch, 2] y)
+    <float[2] scale = {1, 1}, float[2] bias = {0, 0}, float[2] mean = {0, 0}, float[2] var = {1, 1}>
+    {
+        first = BatchNormalization(image, scale, bias, mean, var)
+        y = BatchNormalization(first, scale, bias, mean, var)
+    }
+"""
+
+
+def test_layers_that_share_statistics_are_refused() -> None:
+    with pytest.raises(InvalidModel, match="layers 'first' and 'y' share the statistics 'mean'"):
+        restore_batch_norm(from_text(SHARED), {"image": np.ones((4, 2), np.float32)})
+
+
 def test_a_graph_without_normalisation_is_refused() -> None:
     with pytest.raises(InvalidModel, match="no BatchNormalization to restore"):
         restore_batch_norm(from_text(linear_text()), {"x": np.zeros((2, 4), np.float32)})
