@@ -166,7 +166,7 @@ def _facts(generator: str) -> dict[str, str]:
         "processor": _processor(),
         "cores": str(os.cpu_count()),
         "load average before": f"{os.getloadavg()[0]:.2f}",
-        "system": platform.platform(terse=True),
+        "system": platform.system(),
         "Python": platform.python_version(),
         "onnxruntime": onnxruntime.__version__,
         "grpcio": grpc.__version__,

@@ -50,7 +50,12 @@ def test_the_networks_are_good_and_the_manifests_say_what_was_checked(demo: tupl
         repository.version(name).verify()
     base = repository.version("digits-base").manifest
     assert base is not None
-    assert {"held_out_error", "equals_torch", "keeps_batch_norm"} == {check.name for check in base.checks}
+    assert {check.name for check in base.checks} == {
+        "held_out_error",
+        "equals_torch",
+        "rows_are_independent",
+        "keeps_batch_norm",
+    }
 
 
 def test_the_page_stands_alone(demo: tuple[Path, str]) -> None:
