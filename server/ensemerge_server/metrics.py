@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -17,6 +17,9 @@ from ensemerge_server.catalogue import Catalogue
 from ensemerge_server.lifecycle import Lifecycle
 from ensemerge_server.servable import Reply
 from ensemerge_server.store.records import Committed, LabelStatus
+
+# A second series beside every counter, saying when it began: Prometheus does not read it in this format.
+disable_created_metrics()
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (
