@@ -19,7 +19,7 @@ from ensemerge_server.servable import Reply
 from ensemerge_server.store.records import Committed, LabelStatus
 
 # A second series beside every counter, saying when it began: Prometheus does not read it in this format.
-disable_created_metrics()
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (
