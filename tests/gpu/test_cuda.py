@@ -4,9 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.graphs import images, publish_tiny
+from support.graphs import images, publish_family
 
-from ensemerge.build import build
 from ensemerge.repository import Repository
 from ensemerge_server.session import Session, available_device
 
@@ -19,12 +18,7 @@ pytestmark = [
 @pytest.mark.parametrize("model", ["a", "ensemble", "merged"])
 def test_cuda_equals_cpu(tmp_path: Path, model: str) -> None:
     repository = Repository(tmp_path)
-    for name, seed in (("a", 1), ("b", 2)):
-        publish_tiny(repository, name, seed)
-    repository.write_spec("ensemble", {"kind": "ensemble", "members": ["a", "b"]})
-    repository.write_spec("merged", {"kind": "merge", "models": [{"model": "a"}, {"model": "b"}]})
-    for name in ("ensemble", "merged"):
-        build(repository, name)
+    publish_family(repository)
     path = repository.version(model).model_path
     answers: dict[str, np.ndarray] = {}
     for device in ("cpu", "cuda"):

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.graphs import publish_tiny, write_linear
+from support.graphs import publish_family, write_linear
 from support.servers import RunningServer, running
 
-from ensemerge.build import build
 from ensemerge.repository import Repository
 from ensemerge_client import Client
 
@@ -24,12 +23,7 @@ EXPERIMENT = {
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two networks, their ensemble and their merge, an experiment on both, a model that somebody copied there."""
     repository = Repository(tmp_path_factory.mktemp("models"))
-    for name, seed in (("a", 1), ("b", 2)):
-        publish_tiny(repository, name, seed)
-    repository.write_spec("ensemble", {"kind": "ensemble", "members": ["a", "b"]})
-    repository.write_spec("merged", {"kind": "merge", "models": [{"model": "a"}, {"model": "b"}]})
-    for name in ("ensemble", "merged"):
-        build(repository, name)
+    publish_family(repository)
     repository.write_spec("digits", EXPERIMENT)
     write_linear(repository.root, "plain")
     return repository.root

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from ensemerge.build import build
 from ensemerge.export import InputSpec, Provenance, publish_module
 from ensemerge.repository import Repository, Version
 
@@ -83,6 +84,16 @@ def tiny_net(seed: int) -> TinyNet:
 
 def publish_tiny(repository: Repository, name: str, seed: int) -> Version:
     return publish_module(repository, name, tiny_net(seed), [IMAGE], provenance=Provenance(seed=seed))
+
+
+def publish_family(repository: Repository) -> None:
+    """Two networks `a` and `b`, their `ensemble` and their merge `merged`, built as a user would build them."""
+    for name, seed in (("a", 1), ("b", 2)):
+        publish_tiny(repository, name, seed)
+    repository.write_spec("ensemble", {"kind": "ensemble", "members": ["a", "b"]})
+    repository.write_spec("merged", {"kind": "merge", "models": [{"model": "a"}, {"model": "b"}]})
+    for name in ("ensemble", "merged"):
+        build(repository, name)
 
 
 def images(rows: int, seed: int = 0) -> np.ndarray:
