@@ -8,8 +8,7 @@ import logging
 import os
 import signal
 import sys
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -101,9 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serve a model repository over the Open Inference Protocol (gRPC)."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    stop = _stop_signal()
     try:
         check_installation()
         settings = Settings.read(os.environ, vars(options))
@@ -113,10 +110,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     server.start()
     _announce(server, as_json=options.json)
-    stop.wait()
+    stop()
     log.info("stopping: requests in flight have %g s to finish", settings.drain_seconds)
     server.stop()
     return 0
+
+
+def _stop_signal() -> Callable[[], object]:
+    """Take SIGTERM and SIGINT from now on; the function returned waits for one.
+
+    Python runs signal handlers on the main thread alone, which may sleep while another thread gets the signal. The
+    byte in the pipe is written by whichever thread that is, and wakes the main one.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    return lambda: os.read(reader, 1)
 
 
 def _announce(server: Server, *, as_json: bool) -> None:

@@ -7,6 +7,8 @@ import os
 import time
 from dataclasses import dataclass
 
+import numpy as np
+
 from ensemerge_server.catalogue import Deployed
 from ensemerge_server.metrics import Metrics
 from ensemerge_server.servable import Reply, Request
@@ -41,9 +43,16 @@ class Recorder:
         return prediction_id
 
 
+def _scorable(output: np.ndarray | None) -> np.ndarray | None:
+    """An output that names a class for each row: `(rows, classes)` numbers, at least one of each."""
+    if output is None or output.ndim != 2 or output.size == 0 or output.dtype.kind not in "fiu":
+        return None
+    return output
+
+
 def _prediction(prediction_id: str, deployed: Deployed, request: Request, reply: Reply) -> Prediction:
     task = deployed.task if deployed.task is not None and deployed.task.kind == "classification" else None
-    output = None if task is None else reply.outputs.get(task.output)
+    output = None if task is None else _scorable(reply.outputs.get(task.output))
     return Prediction(
         prediction_id=prediction_id,
         client_id=request.id,

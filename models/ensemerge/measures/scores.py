@@ -29,9 +29,9 @@ def accuracy(probabilities: Floats, labels: Integers) -> float:
 
 
 def log_losses(probabilities: Floats, labels: Integers) -> npt.NDArray[np.float64]:
-    """`-ln p(label)` of each row, `(rows,) float64`, in nats; p is clipped at `SMALLEST_PROBABILITY`."""
+    """`-ln p(label)` of each row, `(rows,) float64`, in nats; p is clipped to `SMALLEST_PROBABILITY`..1."""
     truth = probabilities[np.arange(len(labels)), labels].astype(np.float64)
-    return -np.log(np.maximum(truth, SMALLEST_PROBABILITY))
+    return -np.log(np.clip(truth, SMALLEST_PROBABILITY, 1.0))
 
 
 def agreement(first: Floats, second: Floats) -> float:

@@ -47,7 +47,7 @@ CREATE TABLE IF NOT EXISTS pending_labels (
     truth            NOT NULL,
     time_seconds     REAL NOT NULL,
     received_seconds REAL NOT NULL,
-    PRIMARY KEY (id, row)
+    PRIMARY KEY (id, row, truth)
 ) WITHOUT ROWID;
 
 -- Labels that do not hold: overruled by a later one, or found invalid when their prediction came.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -43,9 +43,22 @@ class SqliteStore:
             self._connection = sqlite3.connect(
                 path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
             )
-            self._connection.execute("PRAGMA journal_mode = WAL")
-            self._migrate()
+            self._patiently(lambda: self._connection.execute("PRAGMA journal_mode = WAL"))
+            self._patiently(self._migrate)
         self._class_lists: dict[tuple[str, ...], int] = {}
+
+    def _patiently(self, step: Callable[[], object]) -> None:
+        """Do what several servers that start together on one file cannot do at once; SQLite itself does not wait."""
+        until = time.monotonic() + BUSY_SECONDS
+        while True:
+            try:
+                step()
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                    raise
+                time.sleep(0.05)
+            else:
+                return
 
     def _migrate(self) -> None:
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
@@ -141,7 +154,8 @@ class _Answer:
     def score(self, row: int, truth: int) -> Scored:
         correct = None if self.predicted is None else bool(self.predicted[row] == truth)
         loss = None
-        if self.probabilities is not None:
+        # A model that answered NaN was wrong or right by accident; its log-loss would spoil every sum.
+        if self.probabilities is not None and np.isfinite(self.probabilities[row]).all():
             loss = float(log_losses(self.probabilities[row : row + 1], np.array([truth]))[0])
         return Scored(self.model, self.version, self.arm, correct, loss)
 
@@ -154,6 +168,7 @@ class _Transaction:
         self._class_lists = class_lists
         self._now = time.time()
         self._anyone_waits = connection.execute("SELECT 1 FROM pending_labels LIMIT 1").fetchone() is not None
+        self._found: dict[str, tuple[_Answer | None, int]] = {}
         self.scored: list[Scored] = []
         self.late_results: list[LabelResult] = []
         self.reused_ids = 0
@@ -205,7 +220,10 @@ class _Transaction:
         return self._class_lists[classes]
 
     def add_label(self, label: Label) -> LabelResult:
-        answer, uses = self._find(label.prediction_id)
+        """Store a label, after the transaction's predictions. The labels of a batch come together: it is read once."""
+        if label.prediction_id not in self._found:
+            self._found = {label.prediction_id: self._find(label.prediction_id)}
+        answer, uses = self._found[label.prediction_id]
         if answer is None:
             return self._keep_waiting(label, uses)
         return self._join(label, answer)
@@ -228,7 +246,7 @@ class _Transaction:
         except ValueError as error:
             return LabelResult(LabelStatus.INVALID, str(error))
         if label.row >= answer.rows:
-            message = f"row {label.row} does not exist; the prediction has rows 0 to {answer.rows - 1}"
+            message = f"row {label.row} does not exist; the prediction has {answer.rows} rows, the first of them 0"
             return LabelResult(LabelStatus.INVALID, message)
         held = self._database.execute(
             "SELECT truth, time_seconds, received_seconds FROM labels WHERE prediction_id = ? AND row = ?",
@@ -259,51 +277,42 @@ class _Transaction:
         return scored
 
     def _keep_waiting(self, label: Label, uses: int) -> LabelResult:
-        """Keep a label that no single prediction answers to."""
-        held: tuple[int | str, float, float] | None = self._database.execute(
-            "SELECT truth, time_seconds, received_seconds FROM pending_labels WHERE id = ? AND row = ?",
+        """Keep a label that no single prediction answers to. Which of several holds is settled when they join."""
+        latest = self._database.execute(
+            "SELECT truth FROM pending_labels WHERE id = ? AND row = ? ORDER BY time_seconds DESC LIMIT 1",
             (label.prediction_id, label.row),
         ).fetchone()
-        if held is not None:
-            return self._settle_waiting(label, held)
-        self._wait(label)
-        if uses > 1:
-            message = f"{uses} predictions share this client id; name the prediction_id of the answer"
-            return LabelResult(LabelStatus.AMBIGUOUS, message)
-        return LabelResult(LabelStatus.PENDING, "no such prediction yet; the label is kept until it comes")
-
-    def _settle_waiting(self, label: Label, held: tuple[int | str, float, float]) -> LabelResult:
-        """Two labels that wait for one row: as with joined ones, the later one holds."""
-        if held[0] == label.truth:
+        if latest is not None and latest[0] == label.truth:
             return LabelResult(LabelStatus.DUPLICATE, "this label waits already")
-        if label.time_seconds >= held[1]:
-            self._remember(label.prediction_id, label.row, *held, "overruled")
-            self._wait(label)
-        else:
-            self._remember(label.prediction_id, label.row, label.truth, label.time_seconds, self._now, "overruled")
-        return LabelResult(LabelStatus.CONFLICT, "another label for this row waits; the later one is kept")
-
-    def _wait(self, label: Label) -> None:
         self._anyone_waits = True
         self._database.execute(
             "INSERT OR REPLACE INTO pending_labels VALUES (?, ?, ?, ?, ?)",
             (label.prediction_id, label.row, label.truth, label.time_seconds, self._now),
         )
+        if latest is not None:
+            return LabelResult(LabelStatus.CONFLICT, "another label for this row waits; the later one will hold")
+        if uses > 1:
+            message = f"{uses} predictions share this client id; name the prediction_id of the answer"
+            return LabelResult(LabelStatus.AMBIGUOUS, message)
+        return LabelResult(LabelStatus.PENDING, "no such prediction yet; the label is kept until it comes")
 
     def _join_waiting(self, identifier: str, prediction_id: str) -> None:
-        """Join the labels that came before their prediction."""
+        """Join the labels that came before their prediction, in the order of their times."""
         waiting = self._database.execute(
-            "SELECT row, truth, time_seconds, received_seconds FROM pending_labels WHERE id = ?", (identifier,)
+            "SELECT row, truth, time_seconds, received_seconds FROM pending_labels WHERE id = ? "
+            "ORDER BY time_seconds, received_seconds",
+            (identifier,),
         ).fetchall()
+        if not waiting:
+            return
+        answer, _ = self._find(prediction_id)
+        assert answer is not None  # it was inserted in this transaction
         for row, truth, then, received in waiting:
-            answer, _ = self._find(prediction_id)
-            assert answer is not None  # it was inserted in this transaction
             result = self._join(Label(prediction_id, row, truth, then), answer)
             self.late_results.append(result)
             if result.status is LabelStatus.INVALID:
                 self._remember(identifier, row, truth, then, received, result.message)
-        if waiting:
-            self._database.execute("DELETE FROM pending_labels WHERE id = ?", (identifier,))
+        self._database.execute("DELETE FROM pending_labels WHERE id = ?", (identifier,))
 
     def _remember(self, identifier: str, row: int, truth: int | str, then: float, received: float, why: str) -> None:
         self._database.execute(
@@ -319,13 +328,14 @@ _ANSWER = """
 
 def _answer(row: tuple[str, str, str, str, int, str | None, bytes | None, bytes | None]) -> _Answer:
     prediction_id, model, version, arm, rows, names, predicted, probabilities = row
+    classes = tuple(json.loads(names)) if names else ()
     return _Answer(
         prediction_id,
         model,
         version,
         arm,
         rows,
-        tuple(json.loads(names)) if names else (),
+        classes,
         None if predicted is None else np.frombuffer(predicted, "<i4"),
-        None if probabilities is None else np.frombuffer(probabilities, "<f4").reshape(rows, -1),
+        None if probabilities is None else np.frombuffer(probabilities, "<f4").reshape(rows, len(classes)),
     )

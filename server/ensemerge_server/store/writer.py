@@ -117,8 +117,14 @@ class StoreWriter:
             for batch in batches:
                 batch.done(failure)
             return
-        self._events.committed(committed)
+        self._tell(committed)
         start = 0
         for batch in batches:
             batch.done(committed.results[start : start + len(batch.labels)])
             start += len(batch.labels)
+
+    def _tell(self, committed: Committed) -> None:
+        try:
+            self._events.committed(committed)
+        except Exception:  # who counts must not stop who stores
+            log.exception("a transaction was stored but not counted")

@@ -18,8 +18,8 @@ from ensemerge.errors import EnsemergeError, Unavailable
 from ensemerge_server.rpc import Call, Finish, Method, expected, status_of
 from ensemerge_server.settings import Settings
 
-# Longer texts do not fit into the trailers that many clients accept.
-DETAILS_CHARACTERS = 2048
+# A byte beyond ASCII takes three in the trailers, of which clients accept 8 KiB.
+DETAILS_BYTES = 2048
 GRACE_SECONDS = 1.0
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 # How grpcio writes a peer on this machine; the brackets of IPv6 come escaped or not, by its version.
@@ -114,4 +114,5 @@ def _abort(context: grpc.ServicerContext, error: EnsemergeError) -> NoReturn:
 
 
 def _shortened(text: str) -> str:
-    return text if len(text) <= DETAILS_CHARACTERS else text[: DETAILS_CHARACTERS - 1] + "…"
+    encoded = text.encode()
+    return text if len(encoded) <= DETAILS_BYTES else encoded[:DETAILS_BYTES].decode(errors="ignore") + "…"

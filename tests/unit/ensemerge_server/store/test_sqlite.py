@@ -1,5 +1,6 @@
 import sqlite3
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,8 @@ def test_a_label_before_its_prediction_waits_and_joins(store: SqliteStore, tmp_p
     early = store.write([], [label("client-7"), label("client-7"), label("client-7", truth=2, time_seconds=300)])
     assert statuses(early) == [LabelStatus.PENDING, LabelStatus.DUPLICATE, LabelStatus.CONFLICT]
     committed = store.write([prediction(client_id="client-7")], [])
-    assert [result.status for result in committed.late_results] == [LabelStatus.JOINED]
-    assert [scored.correct for scored in committed.scored] == [False]
+    assert [result.status for result in committed.late_results] == [LabelStatus.JOINED, LabelStatus.CONFLICT]
+    assert [scored.correct for scored in committed.scored] == [True]
     assert query(tmp_path, "SELECT truth FROM labels") == [(2,)]
     assert query(tmp_path, "SELECT COUNT(*) FROM pending_labels") == [(0,)]
 
@@ -96,7 +97,38 @@ def test_a_waiting_label_that_cannot_hold_goes_to_the_history(store: SqliteStore
     assert [result.status for result in committed.late_results] == [LabelStatus.INVALID] * 2
     reasons = query(tmp_path, "SELECT reason FROM label_history ORDER BY row")
     assert "class 'yak' is unknown; 'pets' has 3 classes: cat, dog, emu" in reasons[0][0]
-    assert "row 9 does not exist; the prediction has rows 0 to 1" in reasons[1][0]
+    assert "row 9 does not exist; the prediction has 2 rows" in reasons[1][0]
+
+
+def test_a_later_label_that_cannot_hold_does_not_displace_one_that_can(store: SqliteStore, tmp_path: Path) -> None:
+    store.write([], [label(truth=1, time_seconds=200), label(truth="yak", time_seconds=300)])
+    committed = store.write([prediction()], [])
+    assert [result.status for result in committed.late_results] == [LabelStatus.JOINED, LabelStatus.INVALID]
+    assert query(tmp_path, "SELECT truth FROM labels") == [(1,)]
+
+
+def test_an_answer_of_no_rows_has_none_to_label(store: SqliteStore) -> None:
+    committed = store.write([prediction(rows=0, output=OUTPUT[:0])], [label()])
+    assert "the prediction has 0 rows" in committed.results[0].message
+
+
+def test_an_answer_that_is_not_a_number_has_no_log_loss(store: SqliteStore) -> None:
+    (scored,) = store.write([prediction(output=OUTPUT * np.nan)], [label(truth=1)]).scored
+    assert scored.log_loss is None
+
+
+def test_probabilities_above_one_cost_nothing(store: SqliteStore) -> None:
+    task = Task("classification", "y", "probabilities", TASK.classes)
+    (scored,) = store.write([prediction(task=task, output=np.full((2, 3), 1.5, np.float32))], [label()]).scored
+    assert scored.log_loss == 0.0
+
+
+def test_servers_that_start_together_share_a_new_store(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        stores = list(pool.map(lambda _: SqliteStore(tmp_path / "store.sqlite"), range(8)))
+    for number, one in enumerate(stores):
+        one.write([prediction(f"p{number}")], [label(f"p{number}")])
+        one.close()
 
 
 def test_a_clients_id_stands_for_its_prediction_while_it_is_unique(store: SqliteStore, tmp_path: Path) -> None:

@@ -135,6 +135,16 @@ def test_a_failed_commit_is_told_and_the_writer_lives_on(store: Remembering, fai
     writer.close()
 
 
+def test_counting_that_fails_stops_nothing(store: Remembering) -> None:
+    class Broken(Events):
+        def committed(self, committed: Committed) -> None:
+            raise ValueError("counters can only go up")
+
+    writer = StoreWriter(store, Broken())
+    assert [Sent(writer, name).names for name in "ab"] == [["a"], ["b"]]
+    writer.close()
+
+
 def test_closing_writes_what_waits_and_refuses_what_comes(store: Remembering) -> None:
     writer = StoreWriter(store, Events())
     for _ in range(4):
