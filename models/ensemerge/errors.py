@@ -9,6 +9,7 @@
     ├── DeadlineExceeded      the caller's deadline passed before the model ran
     ├── Cancelled             the caller went away before the model ran
     ├── PermissionDenied      the caller may not do this
+    ├── Unsupported           the protocol knows it, this server does not do it
     ├── ExecutionFailed       the model itself failed while it ran
     ├── InvalidModel          a model file that cannot be used
     │   └── StructureMismatch two graphs that were expected to be alike are not
@@ -16,15 +17,19 @@
     ├── InvalidData           arrays or files handed to the workshop that do not fit
     └── CheckFailed           a step did not keep what it promised; `difference` and `bound` say by how much
 
-A message says what was expected, what came, and what to do. No error knows a transport: `ensemerge_server.service`
+A message says what was expected, what came, and what to do. No error knows a transport: `ensemerge_server.rpc`
 holds the one table from these classes to status codes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class EnsemergeError(Exception):
-    """Any error that ensemerge raises on purpose."""
+    """Any error that ensemerge raises on purpose. `parameters` say what a reply would: the experiment, its arm."""
+
+    parameters: Mapping[str, bool | int | float | str] = {}  # replaced, never changed
 
 
 class InvalidRequest(EnsemergeError):
@@ -56,6 +61,10 @@ class Cancelled(EnsemergeError):
 
 
 class PermissionDenied(EnsemergeError):
+    pass
+
+
+class Unsupported(EnsemergeError):
     pass
 
 

@@ -58,7 +58,7 @@ class Server:
         self._lifecycle = Lifecycle()
         metrics = Metrics()
         self.catalogue = Catalogue(repository, builders(repository, settings))
-        self._store = SqliteStore(settings.state_folder(repository.root) / STORE_FILE)
+        self._store = SqliteStore(settings.state_folder(repository.root, os.environ) / STORE_FILE)
         self._writer = StoreWriter(self._store, metrics)
         self.catalogue.load_all()
         metrics.watch(self.catalogue, self._lifecycle)
@@ -86,9 +86,8 @@ class Server:
         self.http.stop()
 
     def addresses(self) -> dict[str, str]:
-        host = self._settings.host
         ports = {"grpc": self.grpc.port, "http": self.http.port, "metrics": self.metrics.port}
-        return {name: f"{host}:{port}" for name, port in ports.items()}
+        return {name: self._settings.address(port) for name, port in ports.items()}
 
 
 def _experiments(repository: Repository, catalogue: Catalogue) -> dict[str, ExperimentSpec]:

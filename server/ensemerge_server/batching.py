@@ -1,11 +1,12 @@
 """Greedy dynamic batching: whatever waits when the session is free forms the next batch. There is no timer.
 
 With one request in flight latency is the model's own; under load batches form by themselves. One queue and one
-thread that owns the session: no locks.
+thread that owns the session.
 """
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -17,6 +18,8 @@ import numpy as np
 
 from ensemerge.errors import Cancelled, DeadlineExceeded, EnsemergeError, ExecutionFailed, QueueFull, ShuttingDown
 from ensemerge_server.servable import Arrays, Done, Reply, Request, Signature, Timings
+
+log = logging.getLogger(__name__)
 
 
 class Runnable(Protocol):
@@ -54,6 +57,8 @@ class Batcher:
         self._all_outputs = tuple(spec.name for spec in self.signature.outputs)
         self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
         self._carried: _Waiting | None = None
+        # Nothing may slip in behind the mark that ends the queue.
+        self._door = threading.Lock()
         self._closing = False
         self._thread = threading.Thread(target=self._work, name=f"batcher-{version}", daemon=True)
         self._thread.start()
@@ -64,18 +69,22 @@ class Batcher:
         return self._queue.qsize()
 
     def submit(self, request: Request, done: Done) -> None:
-        if self._closing:
-            done(ShuttingDown("the model is being unloaded; try again shortly"))
-        # Several threads may pass here together: the limit can be overrun by one request for each of them.
-        elif self.depth >= self._queue_requests:
-            done(QueueFull(f"Exceeds maximum queue size of {self._queue_requests} requests; try again shortly"))
-        else:
-            self._queue.put(_Waiting(request, done, time.monotonic()))
+        refusal: EnsemergeError | None = None
+        with self._door:
+            if self._closing:
+                refusal = ShuttingDown("the model is being unloaded; try again shortly")
+            elif self.depth >= self._queue_requests:
+                refusal = QueueFull(f"Exceeds maximum queue size of {self._queue_requests} requests; try again shortly")
+            else:
+                self._queue.put(_Waiting(request, done, time.monotonic()))
+        if refusal is not None:
+            done(refusal)
 
     def close(self) -> None:
         """Answer what waits, then stop. Requests that come later are refused."""
-        self._closing = True
-        self._queue.put(None)
+        with self._door:
+            self._closing = True
+            self._queue.put(None)
         self._thread.join()
 
     def _work(self) -> None:
@@ -83,7 +92,6 @@ class Batcher:
             batch = [waiting for waiting in self._gather(first) if _still_wanted(waiting)]
             if batch:
                 self._answer(batch)
-        self._refuse_late()
 
     def _next(self) -> _Waiting | None:
         carried, self._carried = self._carried, None
@@ -118,7 +126,10 @@ class Batcher:
                 return
             outcomes = [error if isinstance(error, EnsemergeError) else ExecutionFailed(f"the model failed: {error!r}")]
         for waiting, outcome in zip(batch, outcomes, strict=True):
-            waiting.done(outcome)
+            try:
+                waiting.done(outcome)
+            except Exception:  # a mistake of whoever waits; the model goes on for everybody else
+                log.exception("an answer could not be handed over")
 
     def _run(self, batch: list[_Waiting]) -> list[Reply]:
         requests = [waiting.request for waiting in batch]
@@ -137,19 +148,14 @@ class Batcher:
             for waiting, part in zip(batch, parts, strict=True)
         ]
 
-    def _refuse_late(self) -> None:
-        while self.depth:
-            late = self._queue.get()
-            if late is not None:
-                late.done(ShuttingDown("the model is being unloaded; try again shortly"))
-
 
 def _still_wanted(waiting: _Waiting) -> bool:
-    if waiting.request.cancelled():
-        waiting.done(Cancelled("the caller went away while the request waited"))
-        return False
+    # A transport calls a call whose deadline has passed cancelled too: the deadline is asked first.
     if waiting.request.deadline < time.monotonic():
         waiting.done(DeadlineExceeded("Request timeout expired while the request waited for the model"))
+        return False
+    if waiting.request.cancelled():
+        waiting.done(Cancelled("the caller went away while the request waited"))
         return False
     return True
 

@@ -10,7 +10,7 @@ from math import prod
 
 import numpy as np
 
-from ensemerge.errors import InvalidRequest
+from ensemerge.errors import InvalidRequest, Unsupported
 from ensemerge_protos import inference_pb2 as pb
 from ensemerge_protos.datatypes import NAMES, NUMPY, pack_strings, unpack_strings
 from ensemerge_server.servable import Parameter, Reply, Signature, TensorSpec
@@ -43,15 +43,25 @@ def decode_inputs(message: pb.ModelInferRequest, model: str, signature: Signatur
         )
     arrays = {}
     for position, tensor in enumerate(message.inputs):
+        _refuse_tensor_parameters(tensor.parameters, tensor.name)
         _check_tensor(tensor, expected[tensor.name], model)
         if raw:
             arrays[tensor.name] = _from_raw(tensor, raw[position], model)
         else:
             arrays[tensor.name] = _from_contents(tensor, model)
-    if signature.batched and len({array.shape[0] for array in arrays.values()}) > 1:
-        odd = next(iter(arrays))
-        raise InvalidRequest(f"input '{odd}' batch size does not match other inputs for '{model}'")
+    if signature.batched:
+        _check_batch(arrays, model)
     return arrays
+
+
+def _check_batch(arrays: Mapping[str, np.ndarray], model: str) -> None:
+    rows = next(iter(arrays.values())).shape[0]
+    for name, array in arrays.items():
+        if array.shape[0] != rows:
+            raise InvalidRequest(
+                f"input '{name}' batch size does not match other inputs for '{model}': "
+                f"expected {rows}, got {array.shape[0]}"
+            )
 
 
 def decode_outputs(message: pb.ModelInferRequest, model: str, signature: Signature) -> tuple[str, ...]:
@@ -65,11 +75,23 @@ def decode_outputs(message: pb.ModelInferRequest, model: str, signature: Signatu
             )
         if name in names[:position]:
             raise InvalidRequest(f"output '{name}' already exists in request; expected each output once")
+    for output in message.outputs:
+        _refuse_tensor_parameters(output.parameters, output.name)
     return names
 
 
+def _refuse_tensor_parameters(parameters: Mapping[str, pb.InferParameter], tensor: str) -> None:
+    """What would change the meaning of a tensor must not be passed over in silence. Others mean nothing to us."""
+    if "shared_memory_region" in parameters:
+        raise Unsupported(f"Client shared memory is disabled; send and read '{tensor}' inside the message")
+    if "classification" in parameters:
+        raise Unsupported(f"classification of '{tensor}' is not offered; ask for the output and sort it")
+
+
 def decode_parameters(parameters: Mapping[str, pb.InferParameter]) -> dict[str, Parameter]:
-    """The parameters of a request as Python values; one without a value is left out."""
+    """The parameters of a request as Python values; one without a value is left out. Raises Unsupported."""
+    if any(name.startswith("sequence_") for name in parameters):
+        raise Unsupported("sequences are not offered: every request stands for itself")
     decoded: dict[str, Parameter] = {}
     for name, parameter in parameters.items():
         choice = parameter.WhichOneof("parameter_choice")
@@ -146,13 +168,24 @@ def _from_raw(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes, model: 
             f"input byte size mismatch for input '{tensor.name}' for model '{model}'. "
             f"Expected {expected}, got {len(raw)}"
         )
-    return np.frombuffer(raw, dtype).reshape(tuple(tensor.shape))
+    return _shaped(np.frombuffer(raw, dtype), tensor, model)
+
+
+def _shaped(array: np.ndarray, tensor: pb.ModelInferRequest.InferInputTensor, model: str) -> np.ndarray:
+    """The array in the shape that the request states; numpy has no axis longer than memory could be."""
+    try:
+        return array.reshape(tuple(tensor.shape))
+    except ValueError as error:
+        shown = _shown(tensor.shape)
+        raise InvalidRequest(
+            f"unexpected shape {shown} for input '{tensor.name}' for model '{model}': {error}"
+        ) from error
 
 
 def _from_contents(tensor: pb.ModelInferRequest.InferInputTensor, model: str) -> np.ndarray:
     if not tensor.HasField("contents"):
         if prod(tensor.shape) == 0:
-            return np.zeros(tuple(tensor.shape), NUMPY[tensor.datatype])
+            return _shaped(np.zeros(0, NUMPY[tensor.datatype]), tensor, model)
         raise InvalidRequest(
             f"unable to find data for input tensor '{tensor.name}' for model '{model}'; "
             "expected raw_input_contents, or contents"
@@ -181,7 +214,7 @@ def _numbers(values: Sequence[float], tensor: pb.ModelInferRequest.InferInputTen
     array = np.array(values)
     if dtype.kind in "iu" and array.size and not np.array_equal(array, array.astype(dtype)):
         raise InvalidRequest(f"input '{tensor.name}' for model '{model}' has values that do not fit {tensor.datatype}")
-    return array.astype(dtype).reshape(tuple(tensor.shape))
+    return _shaped(array.astype(dtype), tensor, model)
 
 
 def _raw_strings(name: str, raw: bytes, model: str) -> list[bytes]:
@@ -203,7 +236,7 @@ def _strings(values: Sequence[bytes], tensor: pb.ModelInferRequest.InferInputTen
         array[:] = [value.decode() for value in values]
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"input '{tensor.name}' for model '{model}' is not UTF-8: {error}") from error
-    return array.reshape(tuple(tensor.shape))
+    return _shaped(array, tensor, model)
 
 
 def _to_raw(array: np.ndarray) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from ensemerge.errors import EnsemergeError, InvalidRequest, NotFound, PermissionDenied
@@ -13,6 +13,7 @@ from ensemerge_server.experiments.spec import ExperimentSpec
 from ensemerge_server.rpc import Call, Deliver, Method, at_once, failing, parse
 from ensemerge_server.service import Limits
 from ensemerge_server.store.records import ArmTotals, Label, LabelResult, LabelStatus, Store
+from ensemerge_server.store.writer import LabelsDone
 
 LABELS_LIMIT = 100_000
 
@@ -20,9 +21,7 @@ LABELS_LIMIT = 100_000
 class LabelSink(Protocol):
     """Where labels go: the store's writer."""
 
-    def label(
-        self, labels: Sequence[Label], done: Callable[[Sequence[LabelResult] | EnsemergeError], None]
-    ) -> None: ...
+    def label(self, labels: Sequence[Label], done: LabelsDone) -> None: ...
 
 
 class FeedbackService:

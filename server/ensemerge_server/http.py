@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -60,12 +61,20 @@ class _Listener(ThreadingHTTPServer):
         log.debug("a connection from %s broke", client_address, exc_info=True)
 
 
+class _Listener6(_Listener):
+    address_family = socket.AF_INET6
+
+
+def _listener(host: str) -> type[_Listener]:
+    return _Listener6 if ":" in host else _Listener
+
+
 class HttpServer:
     """Answers GET for a table of routes, on a thread of its own. Raises Unavailable when the port cannot be bound."""
 
     def __init__(self, host: str, port: int, routes: Mapping[str, Route], option: str) -> None:
         try:
-            self._server = _Listener((host, port), _handler(routes))
+            self._server = _listener(host)((host, port), _handler(routes))
         except OSError as error:
             raise Unavailable(
                 f"HTTP cannot listen on {host}:{port} ({error.strerror}); expected a free port: "

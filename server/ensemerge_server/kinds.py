@@ -61,7 +61,9 @@ def experiment_kind(spec: Spec, resolve: Resolve) -> Deployed:
         deployed = resolve(*parse_reference(entry.model))
         arms[arm] = ArmModel(deployed.servable, deployed.task)
     servable, task = build_experiment(spec.name, experiment, arms)
-    return Deployed(spec.name, 1, spec.kind, spec.task or task, servable)
+    task = spec.task or task
+    _check_task(spec, task, servable.signature)
+    return Deployed(spec.name, 1, spec.kind, task, servable)
 
 
 def builders(repository: Repository, settings: Settings) -> Mapping[str, Builder]:

@@ -6,7 +6,7 @@ Labels come from closed sets: `model` is a name of the repository (or empty, for
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 
 from ensemerge_server.catalogue import Catalogue
 from ensemerge_server.lifecycle import Lifecycle
-from ensemerge_server.servable import Reply
+from ensemerge_server.servable import Parameter, Reply
 from ensemerge_server.store.records import Committed, LabelStatus
 
 # A second series beside every counter, saying when it began: Prometheus does not read it in this format.
@@ -67,7 +67,7 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._children: dict[tuple[str, ...], _Children] = {}
         self._requests = self._counter("requests", "Finished requests by gRPC status.", (*_ANSWER, "code"))
-        self._duration = self._histogram("request_duration_seconds", "From request read to answer ready.", _ANSWER)
+        self._duration = self._histogram("request_duration_seconds", "From request read to answer computed.", _ANSWER)
         self._queue = self._histogram("queue_duration_seconds", "Waiting for the model.", _ANSWER)
         self._compute = self._histogram(
             "compute_duration_seconds", "The run of the batch that the request was part of.", _ANSWER
@@ -98,9 +98,7 @@ class Metrics:
         children.queue.observe(reply.timings.queue_seconds)
         children.compute.observe(reply.timings.compute_seconds)
         children.batch_rows.observe(reply.timings.batch_rows)
-        if arm:
-            told = reply.parameters
-            self._assignments.labels(str(told["experiment"]), arm, str(told["assignment"])).inc()
+        self._assigned(reply.parameters)
 
     def _children_of(self, *who: str) -> _Children:
         # Looking a child up by its labels costs more than counting; there are as many as models, versions and arms.
@@ -114,9 +112,14 @@ class Metrics:
             )
         return self._children[who]
 
-    def refused(self, model: str, code: str) -> None:
+    def refused(self, model: str, code: str, told: Mapping[str, Parameter]) -> None:
         """Record a request that ended in an error. `model` is empty when the request named none that we know."""
-        self._requests.labels(model, "", "", code).inc()
+        self._requests.labels(model, "", str(told.get("arm", "")), code).inc()
+        self._assigned(told)
+
+    def _assigned(self, told: Mapping[str, Parameter]) -> None:
+        if "arm" in told:
+            self._assignments.labels(str(told["experiment"]), str(told["arm"]), str(told["assignment"])).inc()
 
     def committed(self, committed: Committed) -> None:
         """Record what a transaction of the store did. Each row is counted with its first label only."""

@@ -17,7 +17,7 @@ from ensemerge_server.store.writer import StoreWriter
 
 
 class PredictionIds:
-    """Ids that no other process issues: when this one started, some randomness, and a counter. Sorted by time."""
+    """Ids that no other process issues: when this one started, some randomness, and a counter."""
 
     def __init__(self) -> None:
         self._prefix = f"{time.time_ns() // 1_000_000:012x}-{os.urandom(6).hex()}"

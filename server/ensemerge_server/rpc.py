@@ -28,6 +28,7 @@ from ensemerge.errors import (
     NotFound,
     PermissionDenied,
     Unavailable,
+    Unsupported,
 )
 from ensemerge_server.servable import never
 
@@ -42,12 +43,12 @@ Deliver = Callable[[Finish], None]
 class Code(IntEnum):
     """gRPC's status codes, by their numbers on the wire; a transport translates them to its own."""
 
-    OK = 0
     CANCELLED = 1
     INVALID_ARGUMENT = 3
     DEADLINE_EXCEEDED = 4
     NOT_FOUND = 5
     PERMISSION_DENIED = 7
+    UNIMPLEMENTED = 12
     INTERNAL = 13
     UNAVAILABLE = 14
 
@@ -59,6 +60,7 @@ STATUS: Sequence[tuple[type[EnsemergeError], Code]] = (
     (DeadlineExceeded, Code.DEADLINE_EXCEEDED),
     (Cancelled, Code.CANCELLED),
     (PermissionDenied, Code.PERMISSION_DENIED),
+    (Unsupported, Code.UNIMPLEMENTED),
     (Unavailable, Code.UNAVAILABLE),
 )
 

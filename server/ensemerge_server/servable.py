@@ -107,7 +107,8 @@ class Annotated:
 
 
 def with_parameters(outcome: Reply | EnsemergeError, extra: Mapping[str, Parameter]) -> Reply | EnsemergeError:
-    """The same outcome; a reply gains `extra` parameters."""
+    """The same outcome, which gains `extra` parameters; an error has them too, for whoever counts it."""
     if isinstance(outcome, EnsemergeError):
+        outcome.parameters = {**outcome.parameters, **extra}
         return outcome
     return replace(outcome, parameters={**outcome.parameters, **extra})

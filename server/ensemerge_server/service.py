@@ -7,7 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ensemerge import __version__
-from ensemerge.errors import EnsemergeError, InvalidRequest, NotFound, ShuttingDown, Unavailable
+from ensemerge.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    EnsemergeError,
+    InvalidRequest,
+    NotFound,
+    ShuttingDown,
+    Unavailable,
+)
 from ensemerge_protos import health_pb2, inference_pb2
 from ensemerge_server import codec
 from ensemerge_server.catalogue import Catalogue, Deployed
@@ -73,8 +81,9 @@ class InferenceService:
 
     def _finish(self, deployed: Deployed, request: Request, outcome: Reply | EnsemergeError, started: float) -> bytes:
         self._lifecycle.leave()
+        outcome = _if_still_wanted(request, outcome)
         if isinstance(outcome, EnsemergeError):
-            self._recorder.metrics.refused(deployed.name, status_of(outcome).name)
+            self._recorder.metrics.refused(deployed.name, status_of(outcome).name, outcome.parameters)
             raise outcome
         prediction_id = self._recorder.answered(deployed, request, outcome, time.monotonic() - started)
         told: dict[str, Parameter] = {
@@ -87,7 +96,7 @@ class InferenceService:
 
     def _refusal(self, known: str, error: EnsemergeError) -> Finish:
         self._lifecycle.leave()
-        self._recorder.metrics.refused(known, status_of(error).name)
+        self._recorder.metrics.refused(known, status_of(error).name, {})
         return failing(error)
 
     def _request(self, message: inference_pb2.ModelInferRequest, deployed: Deployed, call: Call) -> Request:
@@ -116,11 +125,15 @@ class InferenceService:
             ) from error
 
     def _model_ready(self, message: inference_pb2.ModelReadyRequest) -> inference_pb2.ModelReadyResponse:
+        return inference_pb2.ModelReadyResponse(ready=self.is_model_ready(message.name, message.version))
+
+    def is_model_ready(self, name: str, version: str) -> bool:
+        """Whether a model can answer; an unknown one cannot. Raises InvalidRequest for a version that is no number."""
         try:
-            self._find(message.name, message.version)
+            self._find(name, version)
         except (NotFound, Unavailable):
-            return inference_pb2.ModelReadyResponse(ready=False)
-        return inference_pb2.ModelReadyResponse(ready=True)
+            return False
+        return True
 
     def _server_metadata(self, message: inference_pb2.ServerMetadataRequest) -> inference_pb2.ServerMetadataResponse:
         return inference_pb2.ServerMetadataResponse(
@@ -151,6 +164,18 @@ class InferenceService:
         return inference_pb2.RepositoryIndexResponse(models=models)
 
 
+def _if_still_wanted(request: Request, outcome: Reply | EnsemergeError) -> Reply | EnsemergeError:
+    """An answer that nobody gets must not be counted, nor stand in the way of a retry under the same id."""
+    if isinstance(outcome, EnsemergeError) or not request.cancelled():
+        return outcome
+    late = request.deadline < time.monotonic()
+    gone = (
+        DeadlineExceeded("Request timeout expired while the model ran") if late else Cancelled("the caller went away")
+    )
+    gone.parameters = outcome.parameters
+    return gone
+
+
 class HealthService:
     """The gRPC health protocol: the server as a whole (readiness), or a model by its name."""
 
@@ -166,6 +191,11 @@ class HealthService:
         if message.service in ("", "inference.GRPCInferenceService"):
             serving = self._inference.ready
         else:
-            self._catalogue.get(message.service)  # NOT_FOUND, as the protocol wants for an unknown service
-            serving = True
+            serving = self._model_serves(message.service)
         return health_pb2.HealthCheckResponse(status=status.SERVING if serving else status.NOT_SERVING)
+
+    def _model_serves(self, name: str) -> bool:
+        """Whether a model answers. Raises NotFound, as the protocol wants, for one that is not in the repository."""
+        if name not in {entry.name for entry in self._catalogue.index()}:
+            self._catalogue.get(name)
+        return self._inference.is_model_ready(name, "")

@@ -6,6 +6,8 @@ Each field can be set by an environment variable (`ENSEMERGE_GRPC_PORT`) and by 
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -32,8 +34,8 @@ class Settings:
     more would slow them down."""
     batch_rows: int = 64
     """A batch takes waiting requests up to this many rows."""
-    queue_requests: int = 1024
-    """Requests that may wait for one model; the next one is refused."""
+    queue_requests: int = 128
+    """Requests that may wait for one model; fewer than `in_flight`, or a slow model shuts out the others."""
     in_flight: int = 256
     """Calls answered at the same time; the next one is refused."""
     message_bytes: int = 64 << 20
@@ -66,13 +68,27 @@ class Settings:
         for name in ("batch_rows", "queue_requests", "in_flight", "message_bytes", "id_bytes"):
             if getattr(self, name) < 1:
                 raise InvalidSpec(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.queue_requests >= self.in_flight:
+            raise InvalidSpec(
+                f"queue_requests is {self.queue_requests} and in_flight {self.in_flight}; expected fewer to wait for "
+                "one model than are answered in all, or one slow model shuts out the others"
+            )
+        if self.threads < 0:
+            raise InvalidSpec(f"threads is {self.threads}; expected 0 for as many as pay, or a number")
+        if not 0 <= self.drain_seconds < math.inf:
+            raise InvalidSpec(f"drain_seconds is {self.drain_seconds}; expected a number of seconds from 0 up")
 
-    def state_folder(self, repository: Path) -> Path:
-        """Where this server keeps its store. The repository is never written."""
+    def state_folder(self, repository: Path, environment: Mapping[str, str]) -> Path:
+        """Where this server keeps its store: a folder of this repository's own. The repository is never written."""
         if self.state:
             return Path(self.state)
-        base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-        return base / "ensemerge" / str(repository.resolve()).strip("/").replace("/", "-")
+        base = Path(environment.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+        digest = hashlib.sha256(os.fsencode(repository.resolve())).hexdigest()[:8]
+        return base / "ensemerge" / f"{repository.resolve().name}-{digest}"
+
+    def address(self, port: int) -> str:
+        """`host:port`, an IPv6 host in brackets."""
+        return f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"
 
 
 def _converted(text: str, kind: type, variable: str) -> object:

@@ -36,6 +36,31 @@ def test_call_shows_an_answer(server: RunningServer, tmp_path: Path, client: Cli
     )
 
 
+def test_call_shows_what_there_is(server: RunningServer) -> None:
+    shown = run("call", "--server", server.grpc).stdout
+    assert "ensemerge 0.1.0: ready" in shown
+    assert "ensemble:1 READY" in shown
+    metadata = run("call", "digits", "--metadata", "--server", server.grpc).stdout
+    assert "takes image FP32 [-1, 1, 6, 6]" in metadata
+    assert "gives probabilities FP32 [-1, 3]" in metadata
+
+
+def test_call_reads_what_people_write_and_refuses_the_rest(server: RunningServer, tmp_path: Path) -> None:
+    words = ("call", "plain", "--server", server.grpc, "--input")
+    (tmp_path / "row.json").write_text("[1, 2, 3, 4]")
+    assert run(*words, f"x={tmp_path / 'row.json'}").returncode == 0
+    for name, content in (
+        ("empty.npy", b""),
+        ("broken.npz", b"PK\x03\x04"),
+        ("words.json", b'["a"]'),
+        ("map.json", b"{}"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        done = run(*words, f"x={tmp_path / name}")
+        assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+        assert f"{name} cannot be read as input 'x' (FP32)" in done.stderr
+
+
 def test_call_says_what_it_lacks(server: RunningServer) -> None:
     for words, text in [
         (("a",), "no value for image; give --input image=FILE, or --fill random"),
@@ -59,6 +84,8 @@ def test_label_sends_a_file(server: RunningServer, client: Client, tmp_path: Pat
     refused = run("label", file, "--server", server.grpc, "--json")
     assert (refused.returncode, json.loads(refused.stdout)["invalid"]) == (1, 1)
     assert "line 2: row 9 does not exist" in refused.stderr
+    file.write_text(f"\ufeffprediction_id,row,label\n\n{answer.prediction_id},9,0\n")
+    assert "line 3: row 9 does not exist" in run("label", file, "--server", server.grpc).stderr
     file.write_text("id,label\n1,2\n")
     assert "no column prediction_id, row" in run("label", file, "--server", server.grpc).stderr
 

@@ -13,7 +13,15 @@ from support.servers import RunningServer, running
 from ensemerge.ensemble.combiners import mean_probability
 from ensemerge.graph.run import Runner
 from ensemerge.measures.scores import softmax
-from ensemerge_client import AsyncClient, Client, DeadlineExceeded, TensorMetadata, Unavailable
+from ensemerge_client import (
+    AsyncClient,
+    Client,
+    ClientClosed,
+    DeadlineExceeded,
+    InvalidArgument,
+    TensorMetadata,
+    Unavailable,
+)
 from ensemerge_client.messages import infer_request, result
 from ensemerge_protos import health_pb2, inference_pb2
 
@@ -131,6 +139,25 @@ def test_the_clients_own_errors(server: RunningServer) -> None:
         client.infer("a", {"image": images(2000)}, timeout_seconds=0.001)
     with Client("127.0.0.1:1", timeout_seconds=5) as nobody, pytest.raises(Unavailable, match=r"127\.0\.0\.1:1"):
         nobody.is_live()
+
+
+def test_a_closed_client_says_so_and_a_message_too_large_is_the_callers_mistake(server: RunningServer) -> None:
+    client = Client(server.grpc)
+    with pytest.raises(InvalidArgument, match="larger than max"):
+        client.infer("plain", {"x": np.zeros((1 << 22, 4), np.float32)})
+    client.close()
+    with pytest.raises(ClientClosed, match="is closed"):
+        client.is_live()
+
+
+def test_an_asyncio_client_may_be_made_before_its_loop(server: RunningServer) -> None:
+    client = AsyncClient(server.grpc)
+
+    async def ask() -> bool:
+        async with client:
+            return await client.is_live()
+
+    assert asyncio.run(ask())
 
 
 def test_compressed_requests_are_read(server: RunningServer, repository: Path) -> None:

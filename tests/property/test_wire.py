@@ -1,7 +1,6 @@
 """Client and server agree on every array, and no bytes at all bring the decoder down."""
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -68,8 +67,3 @@ def test_shapes_that_lie_are_refused(shape: list[int], raw: bytes, datatype: str
         return
     assert list(array.shape) == shape
     assert datatype in NUMPY
-
-
-def test_the_laws_above_can_fail() -> None:
-    with pytest.raises(InvalidRequest):
-        codec.decode_inputs(inference_pb2.ModelInferRequest(), "m", signature("FP32", 1))

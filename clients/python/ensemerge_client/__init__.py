@@ -11,6 +11,7 @@ It needs grpcio, protobuf and numpy, and loads neither torch nor onnxruntime.
 from ensemerge_client.aio import AsyncClient
 from ensemerge_client.client import Client
 from ensemerge_client.errors import (
+    ClientClosed,
     ClientError,
     DeadlineExceeded,
     InvalidArgument,
@@ -38,6 +39,7 @@ __all__ = [
     "ArmReport",
     "AsyncClient",
     "Client",
+    "ClientClosed",
     "ClientError",
     "DeadlineExceeded",
     "ExperimentReport",

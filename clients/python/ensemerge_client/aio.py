@@ -10,7 +10,7 @@ import grpc
 import numpy as np
 
 from ensemerge_client import calls
-from ensemerge_client.errors import from_rpc
+from ensemerge_client.errors import ClientClosed, from_rpc
 from ensemerge_client.results import (
     ExperimentReport,
     Label,
@@ -34,7 +34,8 @@ class AsyncClient:
     def __init__(self, target: str = "localhost:8001", *, timeout_seconds: float = calls.TIMEOUT_SECONDS) -> None:
         self._target = target
         self._timeout_seconds = timeout_seconds
-        self._channel = grpc.aio.insecure_channel(target, options=calls.CHANNEL_OPTIONS)
+        # A channel belongs to the event loop that runs when it is made: not before the first call.
+        self._channel: grpc.aio.Channel | None = None
         self._methods: dict[str, grpc.aio.UnaryUnaryMultiCallable[Any, Any]] = {}
 
     async def infer(
@@ -94,7 +95,8 @@ class AsyncClient:
         return await self._run(calls.experiments(name), timeout_seconds)
 
     async def close(self) -> None:
-        await self._channel.close()
+        if self._channel is not None:
+            await self._channel.close()
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -105,15 +107,26 @@ class AsyncClient:
         await self.close()
 
     async def _run(self, call: calls.Call[T], timeout_seconds: float | None) -> T:
-        method = self._methods.get(call.rpc)
-        if method is None:
-            method = self._methods[call.rpc] = self._channel.unary_unary(
+        timeout = self._timeout_seconds if timeout_seconds is None else timeout_seconds
+        try:
+            answer = await self._method(call)(call.request, timeout=timeout)
+        except grpc.RpcError as error:
+            raise from_rpc(error, self._target) from error
+        except (ValueError, grpc.aio.UsageError) as error:  # what grpc says of a closed channel
+            raise ClientClosed(f"the client of {self._target} is closed; open another one") from error
+        return call.read(answer)
+
+    def _method(self, call: calls.Call[T]) -> grpc.aio.UnaryUnaryMultiCallable[Any, Any]:
+        if call.rpc not in self._methods:
+            self._methods[call.rpc] = self._opened().unary_unary(
                 call.rpc,
                 request_serializer=type(call.request).SerializeToString,
                 response_deserializer=call.answer.FromString,
             )
-        try:
-            answer = await method(call.request, timeout=timeout_seconds or self._timeout_seconds)
-        except grpc.RpcError as error:
-            raise from_rpc(error, self._target) from error
-        return call.read(answer)
+        return self._methods[call.rpc]
+
+    def _opened(self) -> grpc.aio.Channel:
+        if self._channel is None:
+            options = calls.channel_options(self._target)
+            self._channel = grpc.aio.insecure_channel(self._target, options=options)
+        return self._channel

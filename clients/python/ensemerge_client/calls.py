@@ -24,9 +24,8 @@ from ensemerge_protos import ensemerge_pb2, inference_pb2
 
 T = TypeVar("T")
 
-# Messages are as large as their tensors; the server has a limit of its own.
-CHANNEL_OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
 TIMEOUT_SECONDS = 60.0
+_LOOPBACK = ("localhost", "127.", "[::1]", "unix:")
 
 _INFERENCE = "/inference.GRPCInferenceService/"
 _OWN = "/ensemerge.v1.Ensemerge/"
@@ -41,6 +40,12 @@ class Call(Generic[T]):
     request: Message
     answer: type[Message]
     read: Callable[[Any], T]
+
+
+def channel_options(target: str) -> list[tuple[str, int]]:
+    """Messages may be as large as their tensors; the server has a limit of its own. A proxy is no way to loopback."""
+    options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+    return [*options, ("grpc.enable_http_proxy", 0)] if target.startswith(_LOOPBACK) else options
 
 
 def infer(

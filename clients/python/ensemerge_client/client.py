@@ -10,7 +10,7 @@ import grpc
 import numpy as np
 
 from ensemerge_client import calls
-from ensemerge_client.errors import from_rpc
+from ensemerge_client.errors import ClientClosed, from_rpc
 from ensemerge_client.results import (
     ExperimentReport,
     Label,
@@ -34,7 +34,7 @@ class Client:
     def __init__(self, target: str = "localhost:8001", *, timeout_seconds: float = calls.TIMEOUT_SECONDS) -> None:
         self._target = target
         self._timeout_seconds = timeout_seconds
-        self._channel = grpc.insecure_channel(target, options=calls.CHANNEL_OPTIONS)
+        self._channel = grpc.insecure_channel(target, options=calls.channel_options(target))
         self._methods: dict[str, grpc.UnaryUnaryMultiCallable[Any, Any]] = {}
 
     def infer(
@@ -103,15 +103,20 @@ class Client:
         self.close()
 
     def _run(self, call: calls.Call[T], timeout_seconds: float | None) -> T:
-        method = self._methods.get(call.rpc)
-        if method is None:
-            method = self._methods[call.rpc] = self._channel.unary_unary(
+        timeout = self._timeout_seconds if timeout_seconds is None else timeout_seconds
+        try:
+            answer = self._method(call)(call.request, timeout=timeout)
+        except grpc.RpcError as error:
+            raise from_rpc(error, self._target) from error
+        except ValueError as error:  # what grpc says of a closed channel
+            raise ClientClosed(f"the client of {self._target} is closed; open another one") from error
+        return call.read(answer)
+
+    def _method(self, call: calls.Call[T]) -> grpc.UnaryUnaryMultiCallable[Any, Any]:
+        if call.rpc not in self._methods:
+            self._methods[call.rpc] = self._channel.unary_unary(
                 call.rpc,
                 request_serializer=type(call.request).SerializeToString,
                 response_deserializer=call.answer.FromString,
             )
-        try:
-            answer = method(call.request, timeout=timeout_seconds or self._timeout_seconds)
-        except grpc.RpcError as error:
-            raise from_rpc(error, self._target) from error
-        return call.read(answer)
+        return self._methods[call.rpc]

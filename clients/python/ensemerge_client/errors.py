@@ -7,7 +7,8 @@ ClientError
 ├── Unavailable         nobody listens, the queue is full, or the server is stopping: try again later
 ├── DeadlineExceeded    no answer within the timeout
 ├── ServerError         the model or the server failed
-└── InvalidReply        the answer cannot be read as the protocol says
+├── InvalidReply        the answer cannot be read as the protocol says
+└── ClientClosed        the client was closed before
 """
 
 from __future__ import annotations
@@ -51,6 +52,10 @@ class InvalidReply(ClientError):
     pass
 
 
+class ClientClosed(ClientError):
+    pass
+
+
 _ERRORS: dict[grpc.StatusCode, type[ClientError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidArgument,
     grpc.StatusCode.NOT_FOUND: NotFound,
@@ -65,5 +70,8 @@ def from_rpc(error: grpc.RpcError, target: str) -> ClientError:
     """grpc's error as one of ours."""
     code, details = error.code(), error.details() or ""
     kind = _ERRORS.get(code, ServerError)
+    # The same status tells of a server that is busy and of a message that it will never take.
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
+        kind = InvalidArgument
     where = f" (calling {target})" if kind in (Unavailable, DeadlineExceeded) else ""
     return kind(f"{details or code.name}{where}", code.name)

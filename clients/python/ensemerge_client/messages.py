@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
+from operator import index
 
 import numpy as np
 
@@ -36,17 +38,28 @@ def infer_request(
     id: str = "",
     parameters: Mapping[str, Parameter] | None = None,
 ) -> inference_pb2.ModelInferRequest:
-    """A request, its arrays raw. Raises InvalidArgument for a dtype that the protocol has no name for."""
-    request = inference_pb2.ModelInferRequest(model_name=model, model_version=version, id=id)
+    """A request, its arrays raw. Raises InvalidArgument for what the protocol has no form for."""
+    with _named("the request"):
+        request = inference_pb2.ModelInferRequest(model_name=model, model_version=version, id=id)
+        for name in outputs:
+            request.outputs.add(name=name)
     for name, value in inputs.items():
         array = np.asarray(value)
         request.inputs.add(name=name, datatype=_datatype(name, array), shape=array.shape)
         request.raw_input_contents.append(_to_raw(array))
-    for name in outputs:
-        request.outputs.add(name=name)
     for name, parameter in (parameters or {}).items():
-        _set_parameter(request.parameters[name], parameter)
+        with _named(f"parameter '{name}'"):
+            _set_parameter(request.parameters[name], parameter)
     return request
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Turn protobuf's complaint about a value into one that says which value it was."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(f"{what} cannot be sent: {error}") from error
 
 
 def result(response: inference_pb2.ModelInferResponse) -> Result:
@@ -117,11 +130,12 @@ def _tensors(tensors: Iterable[inference_pb2.ModelMetadataResponse.TensorMetadat
 
 
 def _label(label: Label) -> ensemerge_pb2.Label:
-    message = ensemerge_pb2.Label(prediction_id=label.prediction_id, row=label.row, time_seconds=label.time_seconds)
-    if isinstance(label.truth, str):
-        message.class_name = label.truth
-    else:
-        message.class_index = int(label.truth)
+    with _named(str(label)):
+        message = ensemerge_pb2.Label(prediction_id=label.prediction_id, row=label.row, time_seconds=label.time_seconds)
+        if isinstance(label.truth, str):
+            message.class_name = label.truth
+        else:
+            message.class_index = index(label.truth)
     return message
 
 
@@ -157,15 +171,18 @@ def _from_raw(tensor: inference_pb2.ModelInferResponse.InferOutputTensor, raw: b
 
 
 def _set_parameter(parameter: inference_pb2.InferParameter, value: Parameter) -> None:
-    match value:
-        case bool():
+    # A user id from a data frame is a numpy number.
+    match value.item() if isinstance(value, np.generic) else value:
+        case bool() as value:
             parameter.bool_param = value
-        case int():
+        case int() as value:
             parameter.int64_param = value
-        case float():
+        case float() as value:
             parameter.double_param = value
-        case _:
+        case str() as value:
             parameter.string_param = value
+        case other:
+            raise TypeError(f"expected a bool, a number or a string, got {type(other).__name__}")
 
 
 def _parameters(parameters: Mapping[str, inference_pb2.InferParameter]) -> dict[str, Parameter]:

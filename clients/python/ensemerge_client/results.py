@@ -22,7 +22,10 @@ class Timings:
 
 @dataclass(frozen=True)
 class Result:
-    """An answer: arrays by output name, which model and version gave it, and what else the server said."""
+    """An answer: arrays by output name, which model and version gave it, and what else the server said.
+
+    The arrays lie in the message's own memory and are read-only; copy one to change it.
+    """
 
     outputs: Mapping[str, np.ndarray]
     model: str
@@ -31,6 +34,9 @@ class Result:
     parameters: Mapping[str, Parameter]
 
     def __getitem__(self, output: str) -> np.ndarray:
+        """The array of an output. Raises KeyError, which names those that there are."""
+        if output not in self.outputs:
+            raise KeyError(f"no output '{output}'; the answer has {', '.join(self.outputs)}")
         return self.outputs[output]
 
     @property

@@ -17,7 +17,8 @@ from ensemerge_server.servable import Done, Request, Servable, with_parameters
 class Experiment:
     """Splits requests among `arms` by a unit that sticks.
 
-    Without the unit's parameter the request's id decides, without that chance; the reply's `assignment` says which.
+    Without the unit's parameter, or with an empty one, the request's id decides, and without that chance. The reply's
+    `assignment` says which.
     """
 
     def __init__(self, name: str, arms: Mapping[str, Servable], split: Split, unit: str) -> None:
@@ -34,8 +35,9 @@ class Experiment:
         self._arms[arm].submit(request, lambda outcome: done(with_parameters(outcome, told)))
 
     def _unit_of(self, request: Request) -> tuple[str, str]:
-        if self._unit in request.parameters:
-            return "unit", str(request.parameters[self._unit])
+        unit = str(request.parameters.get(self._unit, ""))
+        if unit:
+            return "unit", unit
         if request.id:
             return "request", request.id
         return "random", os.urandom(8).hex()

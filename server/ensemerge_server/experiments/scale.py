@@ -6,10 +6,12 @@ arms that differ are wrapped in this.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from ensemerge.ensemble.combiners import to_probabilities
-from ensemerge.errors import EnsemergeError, InvalidModel
+from ensemerge.errors import EnsemergeError, ExecutionFailed, InvalidModel
 from ensemerge.repository import Task
 from ensemerge_server.servable import Done, Reply, Request, Servable, Signature, TensorSpec
 
@@ -29,13 +31,13 @@ class Probabilities:
         self.signature = Signature(inner.signature.inputs, (output,), inner.signature.batched)
 
     def submit(self, request: Request, done: Done) -> None:
-        inner = Request(
-            request.id, request.inputs, request.parameters, (self._task.output,), request.deadline, request.cancelled
-        )
+        inner = replace(request, outputs=(self._task.output,))
         self._inner.submit(inner, lambda outcome: done(self._converted(outcome)))
 
     def _converted(self, outcome: Reply | EnsemergeError) -> Reply | EnsemergeError:
         if isinstance(outcome, EnsemergeError):
             return outcome
-        probabilities = to_probabilities(outcome.outputs[self._task.output], self._task.scale)
-        return Reply({OUTPUT: np.asarray(probabilities)}, outcome.version, outcome.parameters, outcome.timings)
+        output = outcome.outputs[self._task.output]
+        if output.ndim != 2 or output.shape[1] == 0:
+            return ExecutionFailed(f"the model answered {list(output.shape)}; expected (batch, classes)")
+        return replace(outcome, outputs={OUTPUT: np.asarray(to_probabilities(output, self._task.scale))})

@@ -35,7 +35,6 @@ class ExperimentSpec:
 
     arms: dict[str, Arm]
     unit: str
-    mode: str
     salt: str
 
 
@@ -44,13 +43,13 @@ def parse_experiment(spec: Spec) -> ExperimentSpec:
     fields = spec.fields()
     entries = fields.take("arms", dict)
     unit = fields.take("unit", str)
-    mode = fields.choose("mode", MODES, "split")
+    fields.choose("mode", MODES, "split")
     salt = fields.take("salt", str, spec.name)
     fields.finish()
     arms = {str(name): _arm(str(name), entry, f"{spec.where}: arms.{name}") for name, entry in entries.items()}
     if len(arms) < 2 or not sum(arm.weight for arm in arms.values()) > 0:
         raise InvalidSpec(f"{spec.where}: expected at least two arms, their weights above zero in sum")
-    return ExperimentSpec(arms, unit, mode, salt)
+    return ExperimentSpec(arms, unit, salt)
 
 
 def _arm(name: str, entry: object, where: str) -> Arm:

@@ -30,6 +30,13 @@ class Prediction:
     task: Task | None
     output: np.ndarray | None
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes: the task's, or their indices where the output tells how many there are."""
+        if self.task is None or self.task.classes or self.output is None:
+            return self.task.classes if self.task else ()
+        return tuple(str(index) for index in range(self.output.shape[-1]))
+
 
 @dataclass(frozen=True, slots=True)
 class Label:

@@ -174,12 +174,6 @@ class _Transaction:
         self.reused_ids = 0
 
     def add_prediction(self, prediction: Prediction) -> None:
-        predicted, probabilities, class_list = None, None, None
-        if prediction.output is not None and prediction.task is not None:
-            values = to_probabilities(prediction.output, prediction.task.scale)
-            predicted = values.argmax(axis=-1).astype("<i4").tobytes()
-            class_list = self._class_list(prediction.task.classes or tuple(map(str, range(values.shape[-1]))))
-            probabilities = values.astype("<f4").tobytes() if values.shape[-1] <= CLASSES_KEPT else None
         self._database.execute(
             "INSERT INTO predictions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
@@ -191,9 +185,8 @@ class _Transaction:
                 prediction.arm,
                 prediction.time_seconds,
                 prediction.rows,
-                class_list,
-                predicted,
-                probabilities,
+                self._class_list(prediction),
+                *_scorable(prediction),
             ),
         )
         unique = self._add_alias(prediction) if prediction.client_id else False
@@ -211,13 +204,15 @@ class _Transaction:
         self.reused_ids += uses > 1
         return bool(uses == 1)
 
-    def _class_list(self, classes: tuple[str, ...]) -> int:
-        if classes not in self._class_lists:
+    def _class_list(self, prediction: Prediction) -> int | None:
+        """The number under which the names of the prediction's classes are stored; None where there are none."""
+        classes = prediction.classes
+        if classes and classes not in self._class_lists:
             names = json.dumps(classes)
             self._database.execute("INSERT OR IGNORE INTO class_lists (names) VALUES (?)", (names,))
             (number,) = self._database.execute("SELECT id FROM class_lists WHERE names = ?", (names,)).fetchone()
             self._class_lists[classes] = number
-        return self._class_lists[classes]
+        return self._class_lists[classes] if classes else None
 
     def add_label(self, label: Label) -> LabelResult:
         """Store a label, after the transaction's predictions. The labels of a batch come together: it is read once."""
@@ -318,6 +313,17 @@ class _Transaction:
         self._database.execute(
             "INSERT INTO label_history VALUES (?, ?, ?, ?, ?, ?)", (identifier, row, truth, then, received, why)
         )
+
+
+def _scorable(prediction: Prediction) -> tuple[bytes | None, bytes | None]:
+    """The predicted class of each row, and the probabilities where there are not too many."""
+    if prediction.output is None or prediction.task is None:
+        return None, None
+    values = to_probabilities(prediction.output, prediction.task.scale)
+    # A row that is not a number names no class: argmax would say the first.
+    predicted = np.where(np.isfinite(values).all(axis=-1), values.argmax(axis=-1), -1)
+    kept = values.astype("<f4").tobytes() if values.shape[-1] <= CLASSES_KEPT else None
+    return predicted.astype("<i4").tobytes(), kept
 
 
 _ANSWER = """

@@ -48,16 +48,20 @@ class StoreWriter:
         self._events = events
         self._limit = queue_predictions
         self._queue: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
+        # Nothing may slip in behind the mark that ends the queue.
+        self._door = threading.Lock()
         self._closing = False
         self._thread = threading.Thread(target=self._work, name="store-writer", daemon=True)
         self._thread.start()
 
     def log(self, prediction: Prediction) -> None:
         """Hand over a prediction; never blocks, never raises."""
-        if self._queue.qsize() >= self._limit:
+        with self._door:
+            taken = not self._closing and self._queue.qsize() < self._limit
+            if taken:
+                self._queue.put(prediction)
+        if not taken:
             self._events.dropped(1)
-        else:
-            self._queue.put(prediction)
 
     def label(self, labels: Sequence[Label], done: LabelsDone) -> None:
         """Store labels; `done` is called when they are on disk, on the writer's thread, or with the error.
@@ -65,17 +69,22 @@ class StoreWriter:
         Labels queue behind the predictions made before them, so a label for an answer that its sender has seen
         always finds it.
         """
-        if self._closing:
-            done(ShuttingDown("the server is stopping; send the labels again when it is back"))
-        elif self._queue.qsize() >= self._limit:
-            done(Unavailable("too many predictions and labels wait for the disk; send the labels again shortly"))
-        else:
-            self._queue.put(_Labels(labels, done))
+        refusal: EnsemergeError | None = None
+        with self._door:
+            if self._closing:
+                refusal = ShuttingDown("the server is stopping; send the labels again when it is back")
+            elif self._queue.qsize() >= self._limit:
+                refusal = Unavailable("too many predictions and labels wait for the disk; send them again shortly")
+            else:
+                self._queue.put(_Labels(labels, done))
+        if refusal is not None:
+            done(refusal)
 
     def close(self) -> None:
         """Write what waits, then close the store."""
-        self._closing = True
-        self._queue.put(None)
+        with self._door:
+            self._closing = True
+            self._queue.put(None)
         self._thread.join()
         self._store.close()
 
@@ -111,6 +120,9 @@ class StoreWriter:
         try:
             committed = self._store.write(predictions, [label for batch in batches for label in batch.labels])
         except Exception as error:  # whatever it is, the writer lives on and every sender gets an answer
+            if not isinstance(error, EnsemergeError) and len(predictions) + len(batches) > 1:
+                self._commit_one_by_one(predictions, batches)
+                return
             log.error("%d predictions and %d batches of labels not stored: %s", len(predictions), len(batches), error)
             self._events.dropped(len(predictions))
             failure = error if isinstance(error, EnsemergeError) else Unavailable(f"labels cannot be stored: {error!r}")
@@ -122,6 +134,13 @@ class StoreWriter:
         for batch in batches:
             batch.done(committed.results[start : start + len(batch.labels)])
             start += len(batch.labels)
+
+    def _commit_one_by_one(self, predictions: Sequence[Prediction], batches: Sequence[_Labels]) -> None:
+        """One entry spoilt the transaction for the others: each gets its own."""
+        for prediction in predictions:
+            self._commit([prediction], [])
+        for batch in batches:
+            self._commit([], [batch])
 
     def _tell(self, committed: Committed) -> None:
         try:

@@ -41,8 +41,8 @@ class GrpcServer:
         self._server = grpc.server(
             workers,
             handlers=[_Methods(methods)],
-            # One more than there are threads: a call in excess is refused at once and never waits unseen.
-            maximum_concurrent_rpcs=settings.in_flight + 1,
+            # As many as there are threads: a call in excess is refused at once and never waits unseen.
+            maximum_concurrent_rpcs=settings.in_flight,
             options=[
                 ("grpc.max_receive_message_length", settings.message_bytes),
                 ("grpc.max_send_message_length", -1),
@@ -50,7 +50,7 @@ class GrpcServer:
                 ("grpc.so_reuseport", 0),
             ],
         )
-        address = f"{settings.host}:{settings.grpc_port}"
+        address = settings.address(settings.grpc_port)
         try:
             self.port = self._server.add_insecure_port(address)
         except RuntimeError as error:

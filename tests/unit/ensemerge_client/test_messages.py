@@ -79,3 +79,26 @@ def test_results_come_as_words() -> None:
     message = ensemerge_pb2.SendLabelsResponse(results=[ensemerge_pb2.LabelResult(status="PENDING", message="waits")])
     (answer,) = label_results(message)
     assert (answer.status, answer.message) == (LabelStatus.PENDING, "waits")
+
+
+def test_numbers_from_a_data_frame_are_parameters_too() -> None:
+    parameters = {"i": np.int64(3), "f": np.float32(0.5), "b": np.bool_(True)}
+    sent = infer_request("m", {}, parameters=parameters).parameters  # type: ignore[arg-type]
+    assert (sent["i"].int64_param, sent["f"].double_param, sent["b"].bool_param) == (3, 0.5, True)
+
+
+@pytest.mark.parametrize("value", [None, 2**63, object()])
+def test_a_parameter_that_cannot_travel_is_named(value: object) -> None:
+    with pytest.raises(InvalidArgument, match="parameter 'user_id' cannot be sent"):
+        infer_request("m", {}, parameters={"user_id": value})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("label", [Label("p", -1, 1), Label("p", 0, 2**64), Label("p", 0, 3.7), Label("p", 0, None)])  # type: ignore[arg-type]
+def test_a_label_that_cannot_travel_is_named(label: Label) -> None:
+    with pytest.raises(InvalidArgument, match=r"Label\(prediction_id='p'.* cannot be sent"):
+        list(label_requests([label]))
+
+
+def test_an_output_that_is_not_there_is_told_with_those_that_are() -> None:
+    with pytest.raises(KeyError, match="no output 'z'; the answer has y"):
+        result(response(bytes(8)))["z"]

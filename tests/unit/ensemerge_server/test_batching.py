@@ -116,11 +116,11 @@ def test_only_rows_of_one_shape_and_the_same_outputs_share_a_batch(batcher: Batc
     doubler.gate.clear()
     first = Asked(batcher, rows(1))
     assert doubler.started.acquire(timeout=SECONDS)
-    others = [Asked(batcher, request) for request in (rows(1), rows(1, width=3), rows(1, outputs=("z",)))]
+    others = [Asked(batcher, request) for request in (rows(1), rows(1, outputs=("z",)), rows(1, width=3))]
     doubler.gate.set()
     assert first.reply.outputs["y"].shape == (1, 2)
-    assert [asked.reply.outputs["z"].shape for asked in others] == [(1, 2), (1, 3), (1, 2)]
-    assert set(others[2].reply.outputs) == {"z"}
+    assert [asked.reply.outputs["z"].shape for asked in others] == [(1, 2), (1, 2), (1, 3)]
+    assert set(others[1].reply.outputs) == {"z"}
     assert doubler.runs == [1, 1, 1, 1]
 
 
@@ -203,3 +203,16 @@ def test_outputs_of_another_length_are_an_error_not_a_mix_up() -> None:
     assert all(asked.reply.outputs["y"].shape == (1, 2) for asked in (first, *pair))
     assert shrinker.runs == [1, 2, 1, 1]
     batcher.close()
+
+
+def test_a_caller_whose_answer_cannot_be_handed_over_harms_nobody(batcher: Batcher) -> None:
+    def broken(outcome: Reply | EnsemergeError) -> None:
+        raise ValueError("a mistake of mine")
+
+    batcher.submit(rows(1), broken)
+    assert Asked(batcher, rows(1)).reply
+
+
+def test_a_deadline_that_passed_is_told_as_such_even_where_the_transport_calls_it_cancelled(batcher: Batcher) -> None:
+    late = Asked(batcher, rows(1, deadline=time.monotonic() - 1, cancelled=lambda: True))
+    assert isinstance(late.outcome, DeadlineExceeded)

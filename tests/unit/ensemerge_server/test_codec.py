@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from ensemerge.errors import InvalidRequest
+from ensemerge.errors import InvalidRequest, Unsupported
 from ensemerge_protos import inference_pb2 as pb
 from ensemerge_server import codec
 from ensemerge_server.servable import Reply, Signature, TensorSpec
@@ -159,3 +159,25 @@ def test_a_reply_is_raw_and_carries_its_parameters() -> None:
     assert list(response.raw_output_contents) == [np.ones(3, np.float32).tobytes(), b"\x02\x00\x00\x00\xc3\xa9"]
     told = codec.decode_parameters(response.parameters)
     assert told == {"arm": "merged", "n": 3, "seconds": 0.5, "ok": True}
+
+
+@pytest.mark.parametrize("shape", [[0, 2**62], [2**62, 0]])
+def test_a_shape_that_no_memory_holds_is_refused(shape: list[int]) -> None:
+    wide = Signature((TensorSpec("x", "FP32", (-1, -1)),), (), False)
+    for raw in (b"", None):
+        with pytest.raises(InvalidRequest, match="unexpected shape"):
+            decode(message(raw, shape=shape), wide)
+
+
+def test_what_is_not_offered_is_refused_and_not_passed_over() -> None:
+    request = message()
+    request.inputs[0].parameters["shared_memory_region"].string_param = "mine"
+    with pytest.raises(Unsupported, match="Client shared memory is disabled"):
+        decode(request)
+    wanted = pb.ModelInferRequest()
+    wanted.outputs.add(name="y").parameters["classification"].int64_param = 3
+    with pytest.raises(Unsupported, match="classification of 'y' is not offered"):
+        codec.decode_outputs(wanted, "m", SIGNATURE)
+    request.parameters["sequence_id"].int64_param = 1
+    with pytest.raises(Unsupported, match="sequences are not offered"):
+        codec.decode_parameters(request.parameters)

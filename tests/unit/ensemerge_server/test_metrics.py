@@ -43,6 +43,6 @@ def test_each_row_is_counted_with_its_first_label() -> None:
 
 def test_two_servers_in_one_process_count_apart() -> None:
     first, second = Metrics(), Metrics()
-    first.refused("", "NOT_FOUND")
+    first.refused("", "NOT_FOUND", {})
     assert 'ensemerge_requests_total{arm="",code="NOT_FOUND",model="",version=""}' in page(first)
     assert not any(name.startswith("ensemerge_requests_total") for name in page(second))

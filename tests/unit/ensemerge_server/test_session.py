@@ -9,7 +9,7 @@ from support.graphs import from_text, write_linear
 from ensemerge.errors import ExecutionFailed, InvalidModel, InvalidSpec
 from ensemerge_server.servable import Signature, TensorSpec
 from ensemerge_server.session import Session, available_device, open_session
-from ensemerge_server.settings import Settings
+from ensemerge_server.settings import Settings, usable_cores
 
 
 def session(tmp_path: Path, text: str) -> Session:
@@ -74,3 +74,15 @@ def test_cuda_is_insisted_on(tmp_path: Path) -> None:
 
 def test_the_runtime_does_not_report_to_its_maker() -> None:
     assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
+
+
+def test_rows_that_influence_each_other_are_never_batched(tmp_path: Path) -> None:
+    text = "g (float[n, 4] x) => (float[n, 4] y) <int64[1] axis = {0}> { m = ReduceMean(x, axis)  y = Sub(x, m) }"
+    session(tmp_path, text)
+    assert not open_session(tmp_path / "model.onnx", Settings()).signature.batched
+
+
+def test_zeros_of_an_unknown_size_say_nothing_about_speed(tmp_path: Path) -> None:
+    session(tmp_path, "g (float[n, length] x) => (float[n, length] y) { y = Relu(x) }")
+    loaded = open_session(tmp_path / "model.onnx", Settings())
+    assert (loaded.threads, loaded.signature.batched) == (usable_cores(), True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import zipfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -20,19 +22,45 @@ SHOWN_VALUES = 12
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Ask a model about arrays from files (.npy, .npz, .json), zeros or random values, and show the answer."""
+    """Ask a model about arrays from files (.npy, .npz, .json), zeros or random values, and show the answer.
+
+    Without a model, show what the server has.
+    """
     options = _parser().parse_args(arguments)
     try:
         with Client(options.server, timeout_seconds=options.timeout) as client:
-            metadata = client.model_metadata(options.model, options.version)
-            inputs = read_inputs(options.input, metadata, options.fill)
-            parameters = dict(_parameter(text) for text in options.parameter)
-            result = client.infer(options.model, inputs, version=options.version, id=options.id, parameters=parameters)
+            print(_answer(client, options) if options.model else _overview(client, as_json=options.json))
     except ClientError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(_as_json(result) if options.json else _as_text(result))
     return 0
+
+
+def _answer(client: Client, options: argparse.Namespace) -> str:
+    metadata = client.model_metadata(options.model, options.version)
+    if options.metadata:
+        return json.dumps(asdict(metadata)) if options.json else _metadata_as_text(metadata)
+    inputs = read_inputs(options.input, metadata, options.fill)
+    parameters = dict(_parameter(text) for text in options.parameter)
+    result = client.infer(options.model, inputs, version=options.version, id=options.id, parameters=parameters)
+    return _as_json(result) if options.json else _as_text(result)
+
+
+def _overview(client: Client, *, as_json: bool) -> str:
+    """The server, whether it is ready, and each model with its state."""
+    server, ready, models = client.server_metadata(), client.is_ready(), client.models()
+    if as_json:
+        return json.dumps({**asdict(server), "ready": ready, "models": [asdict(model) for model in models]})
+    lines = [f"{server.name} {server.version}: {'ready' if ready else 'not ready'}"]
+    lines += [f"  {model.name}:{model.version or '-'} {model.state} {model.reason}".rstrip() for model in models]
+    return "\n".join(lines)
+
+
+def _metadata_as_text(metadata: ModelMetadata) -> str:
+    lines = [f"{metadata.name}:{','.join(metadata.versions)} ({metadata.platform})"]
+    for word, tensors in (("takes", metadata.inputs), ("gives", metadata.outputs)):
+        lines += [f"  {word} {tensor.name} {tensor.datatype} {list(tensor.shape)}" for tensor in tensors]
+    return "\n".join(lines)
 
 
 def read_inputs(words: Sequence[str], metadata: ModelMetadata, fill: str) -> dict[str, np.ndarray]:
@@ -54,21 +82,22 @@ def read_inputs(words: Sequence[str], metadata: ModelMetadata, fill: str) -> dic
 
 
 def _read(path: Path, spec: TensorMetadata) -> np.ndarray:
-    """An array from a file, in the input's dtype; one row gets its batch axis."""
+    """An array from a file, in the input's dtype; one row gets its batch axis. Raises InvalidArgument."""
     try:
-        if path.suffix == ".npy":
-            array = np.load(path, allow_pickle=False)
-        elif path.suffix == ".npz":
-            array = np.load(path, allow_pickle=False)[spec.name]
-        else:
-            array = np.array(json.loads(path.read_text()))
-    except (OSError, ValueError, KeyError) as error:
+        array = _loaded(path, spec.name).astype(NUMPY.get(spec.datatype, np.dtype(object)))
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise InvalidArgument(
-            f"{path} cannot be read as input '{spec.name}': {error}; expected .npy, .npz or .json"
+            f"{path} cannot be read as input '{spec.name}' ({spec.datatype}): {error}; expected .npy, .npz or .json"
         ) from error
-    if array.ndim == len(spec.shape) - 1:
-        array = array[np.newaxis]
-    return np.asarray(array.astype(NUMPY.get(spec.datatype, array.dtype)))
+    return np.asarray(array[np.newaxis] if array.ndim == len(spec.shape) - 1 else array)
+
+
+def _loaded(path: Path, name: str) -> np.ndarray:
+    if path.suffix == ".json":
+        return np.array(json.loads(path.read_text()))
+    with path.open("rb") as file:
+        loaded = np.load(file, allow_pickle=False)
+        return np.asarray(loaded[name] if path.suffix == ".npz" else loaded)
 
 
 def _filled(spec: TensorMetadata, fill: str) -> np.ndarray:
@@ -116,7 +145,10 @@ def _text(value: object) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ensemerge call", description=main.__doc__, epilog=EXAMPLE)
-    parser.add_argument("model", help="a model, an ensemble, a merge or an experiment of the server")
+    parser.add_argument(
+        "model", nargs="?", help="a model, an ensemble, a merge or an experiment; else show what there is"
+    )
+    parser.add_argument("--metadata", action="store_true", help="show what the model takes and gives, and ask nothing")
     parser.add_argument("--server", default="localhost:8001", help="host:port (default localhost:8001)")
     parser.add_argument("--version", default="", help="a version; the newest by default")
     parser.add_argument("--input", action="append", default=[], metavar="NAME=FILE", help="array of an input; repeat")

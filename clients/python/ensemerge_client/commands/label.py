@@ -22,9 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Send the labels of a CSV file. The exit status is 1 when one of them can never hold."""
     options = _parser().parse_args(arguments)
     try:
-        labels = list(read_labels(options.file))
+        numbered = list(read_labels(options.file))
         with Client(options.server, timeout_seconds=options.timeout) as client:
-            results = client.send_labels(labels)
+            results = client.send_labels(label for _, label in numbered)
     except ClientError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -33,22 +33,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps({status.name.lower(): counts[status] for status in LabelStatus}))
     else:
         print(", ".join(f"{counts[status]} {status.name.lower()}" for status in LabelStatus if counts[status]))
-    for position, result in enumerate(results):
+    for (line, _), result in zip(numbered, results, strict=True):
         if result.status is LabelStatus.INVALID:
-            print(f"line {position + 2}: {result.message}", file=sys.stderr)
+            print(f"line {line}: {result.message}", file=sys.stderr)
     return 1 if counts[LabelStatus.INVALID] else 0
 
 
-def read_labels(path: Path) -> Iterator[Label]:
-    """The labels of a CSV file: a class by its index, or by its name if that is no number. Raises InvalidArgument."""
+def read_labels(path: Path) -> Iterator[tuple[int, Label]]:
+    """The labels of a CSV file, each with its line: a class by its index, or by its name if that is no number.
+
+    Raises InvalidArgument.
+    """
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
             if missing:
                 raise InvalidArgument(f"{path}: no column {', '.join(missing)}; expected {', '.join(COLUMNS)}")
             for row in reader:
-                yield _label(row, f"{path}, line {reader.line_num}")
+                yield reader.line_num, _label(row, f"{path}, line {reader.line_num}")
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InvalidArgument(f"{path} cannot be read: {error}") from error
 

@@ -113,8 +113,8 @@ def test_an_answer_of_no_rows_has_none_to_label(store: SqliteStore) -> None:
 
 
 def test_an_answer_that_is_not_a_number_has_no_log_loss(store: SqliteStore) -> None:
-    (scored,) = store.write([prediction(output=OUTPUT * np.nan)], [label(truth=1)]).scored
-    assert scored.log_loss is None
+    (scored,) = store.write([prediction(output=OUTPUT * np.nan)], [label(truth=0)]).scored
+    assert (scored.correct, scored.log_loss) == (False, None)
 
 
 def test_probabilities_above_one_cost_nothing(store: SqliteStore) -> None:
@@ -224,3 +224,14 @@ def query(tmp_path: Path, sql: str) -> list[Any]:
         return connection.execute(sql).fetchall()
     finally:
         connection.close()
+
+
+def test_the_first_transaction_may_fail_without_spoiling_the_second(store: SqliteStore) -> None:
+    with pytest.raises(Unavailable):
+        store.write([prediction("p1"), prediction("p1")], [])
+    assert statuses(store.write([prediction("p1")], [label("p1", truth="dog")])) == [LabelStatus.JOINED]
+
+
+def test_classes_are_known_even_where_the_answer_left_out_their_output(store: SqliteStore) -> None:
+    committed = store.write([prediction(output=None)], [label(truth="dog"), label(row=1, truth=99)])
+    assert statuses(committed) == [LabelStatus.JOINED, LabelStatus.INVALID]

@@ -145,6 +145,27 @@ def test_counting_that_fails_stops_nothing(store: Remembering) -> None:
     writer.close()
 
 
+def test_an_entry_that_spoils_a_transaction_is_lost_alone() -> None:
+    class Picky(Remembering):
+        def write(self, predictions: Sequence[Prediction], labels: Sequence[Label]) -> Committed:
+            if any(label.prediction_id == "poison" for label in labels):
+                raise ValueError("cannot reshape")
+            return super().write(predictions, labels)
+
+    store, events = Picky(), Events()
+    writer = StoreWriter(store, events)
+    store.gate.clear()
+    first = Sent(writer, "a")
+    assert store.entered.acquire(timeout=SECONDS)
+    writer.log(prediction())
+    poison, honest = Sent(writer, "poison"), Sent(writer, "b")
+    store.gate.set()
+    assert (first.names, honest.names) == (["a"], ["b"])
+    assert isinstance(poison.outcome, Unavailable)
+    writer.close()
+    assert (events.lost, sum(predictions for predictions, _ in store.transactions)) == (0, 1)
+
+
 def test_closing_writes_what_waits_and_refuses_what_comes(store: Remembering) -> None:
     writer = StoreWriter(store, Events())
     for _ in range(4):
