@@ -18,8 +18,8 @@ import numpy as np
 import onnx_ir as ir
 
 from ensemerge import __version__
-from ensemerge.ensemble.combiners import COMBINERS
-from ensemerge.ensemble.compiler import BATCHES, EMITTERS, OUTPUT, Member, fuse, prove
+from ensemerge.ensemble.combiners import COMBINERS, OUTPUT
+from ensemerge.ensemble.compiler import BATCHES, EMITTERS, Member, fuse, prove
 from ensemerge.ensemble.spec import parse_ensemble
 from ensemerge.errors import InvalidData, InvalidModel, InvalidSpec
 from ensemerge.fields import suggest

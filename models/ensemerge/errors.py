@@ -6,8 +6,8 @@
     ├── Unavailable           known, but cannot answer now
     │   ├── QueueFull         more requests wait than the model's queue holds
     │   └── ShuttingDown      the server is stopping
-    ├── DeadlineExceeded      the caller's deadline passed before the model ran
-    ├── Cancelled             the caller went away before the model ran
+    ├── DeadlineExceeded      the caller's deadline passed before there was an answer
+    ├── Cancelled             the caller went away before there was an answer
     ├── PermissionDenied      the caller may not do this
     ├── Unsupported           the protocol knows it, this server does not do it
     ├── ExecutionFailed       the model itself failed while it ran

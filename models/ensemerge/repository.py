@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 
 from ensemerge.errors import CheckFailed, InvalidModel, InvalidSpec, NotFound
-from ensemerge.fields import Fields
+from ensemerge.fields import Fields, suggest
 
 MODEL_FILE = "model.onnx"
 SPEC_FILE = "model.yaml"
@@ -64,6 +64,19 @@ class Task:
         if len(set(task.classes)) != len(task.classes):
             raise InvalidSpec(f"{where}: 'classes' names a class twice; expected each name once")
         return task
+
+    def check(self, shapes: Mapping[str, Sequence[int | None]], where: str) -> None:
+        """Compare with a model's outputs: their shapes by name, None where a size varies. Raises InvalidSpec."""
+        if self.output not in shapes:
+            raise InvalidSpec(f"{where}: output '{self.output}' is unknown; {suggest(self.output, list(shapes))}")
+        if self.kind != "classification":
+            return
+        shape = list(shapes[self.output])
+        if len(shape) != 2:
+            raise InvalidSpec(f"{where}: a classification needs an output (batch, classes); '{self.output}' is {shape}")
+        if self.classes and shape[1] not in (None, len(self.classes)):
+            named = f"{len(self.classes)} classes are named"
+            raise InvalidSpec(f"{where}: {named}, but '{self.output}' has {shape[1]} columns")
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ensemerge.ensemble.spec import parse_ensemble
-from ensemerge.errors import InvalidSpec
-from ensemerge.fields import suggest
 from ensemerge.merge.recipe import parse_recipe
 from ensemerge.repository import Repository, Spec, Task, Version, parse_reference
 from ensemerge_server.batching import Batcher
@@ -78,23 +76,10 @@ def builders(repository: Repository, settings: Settings) -> Mapping[str, Builder
 
 def _check_task(spec: Spec, task: Task | None, signature: Signature) -> None:
     """What the task says of the output must be so: labels are scored by it. Raises InvalidSpec."""
-    if task is None:
-        return
-    shapes = {output.name: output.shape for output in signature.outputs}
-    if task.output not in shapes:
-        hint = suggest(task.output, list(shapes))
-        raise InvalidSpec(f"{spec.where}: task: output '{task.output}' is unknown; {hint}")
-    if task.kind == "classification" and not _fits_classes(shapes[task.output], len(task.classes)):
-        classes = len(task.classes) or "n"
-        raise InvalidSpec(
-            f"{spec.where}: task: a classification with {classes} classes needs an output (batch, {classes}); "
-            f"'{task.output}' is {list(shapes[task.output])}"
-        )
-
-
-def _fits_classes(shape: tuple[int, ...], classes: int) -> bool:
-    """Whether `(batch, classes)` can be the shape; an axis of -1 and a task without names fit anything."""
-    return len(shape) == 2 and (shape[1] == -1 or classes in (0, shape[1]))
+    if task is not None:
+        outputs = {output.name: output.shape for output in signature.outputs}
+        shapes = {name: [axis if axis >= 0 else None for axis in shape] for name, shape in outputs.items()}
+        task.check(shapes, f"{spec.where}: task")
 
 
 def _with_members(servable: Servable, version: Version) -> Servable:

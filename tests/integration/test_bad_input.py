@@ -13,7 +13,7 @@ from support.servers import RunningServer, running
 
 from ensemerge_client import Client, ClientError, InvalidArgument, NotFound
 from ensemerge_client.messages import infer_request
-from ensemerge_protos import health_pb2, inference_pb2
+from ensemerge_protos import inference_pb2
 
 X = images(2)
 
@@ -157,17 +157,7 @@ def test_a_broken_model_says_why_and_the_others_answer(broken: RunningServer, mo
 
 
 def test_the_health_protocol_tells_a_broken_model_from_an_unknown_one(broken: RunningServer) -> None:
-    with grpc.insecure_channel(broken.grpc) as channel:
-        check = channel.unary_unary(
-            "/grpc.health.v1.Health/Check",
-            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
-            response_deserializer=health_pb2.HealthCheckResponse.FromString,
-        )
-        status = {name: check(health_pb2.HealthCheckRequest(service=name)).status for name in ("a", "garbage")}
-    assert status == {
-        "a": health_pb2.HealthCheckResponse.SERVING,
-        "garbage": health_pb2.HealthCheckResponse.NOT_SERVING,
-    }
+    assert {name: broken.health(name) for name in ("a", "garbage")} == {"a": "SERVING", "garbage": "NOT_SERVING"}
 
 
 def test_a_server_with_a_broken_model_is_live_but_not_ready(broken: RunningServer) -> None:

@@ -23,7 +23,7 @@ from ensemerge_client import (
     Unavailable,
 )
 from ensemerge_client.messages import infer_request, result
-from ensemerge_protos import health_pb2, inference_pb2
+from ensemerge_protos import inference_pb2
 
 X = images(3)
 
@@ -121,17 +121,10 @@ def test_live_ready_and_index(client: Client, server: RunningServer) -> None:
 
 
 def test_the_health_protocol(server: RunningServer) -> None:
-    with grpc.insecure_channel(server.grpc) as channel:
-        check = channel.unary_unary(
-            "/grpc.health.v1.Health/Check",
-            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
-            response_deserializer=health_pb2.HealthCheckResponse.FromString,
-        )
-        serving = health_pb2.HealthCheckResponse.SERVING
-        assert [check(health_pb2.HealthCheckRequest(service=name)).status for name in ("", "a")] == [serving] * 2
-        with pytest.raises(grpc.RpcError) as caught:
-            check(health_pb2.HealthCheckRequest(service="nobody"))
-        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    assert [server.health(name) for name in ("", "a")] == ["SERVING"] * 2
+    with pytest.raises(grpc.RpcError) as caught:
+        server.health("nobody")
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
 def test_the_clients_own_errors(server: RunningServer) -> None:

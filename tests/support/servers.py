@@ -13,6 +13,10 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
+import grpc
+
+from ensemerge_protos import health_pb2
+
 STOP_SECONDS = 30
 
 
@@ -42,6 +46,17 @@ class RunningServer:
             if not labels and line.startswith(f"{name} "):
                 return float(line.split()[1])
         return 0.0
+
+    def health(self, service: str) -> str:
+        """What the gRPC health protocol says of `service`. Raises grpc.RpcError."""
+        with grpc.insecure_channel(self.grpc) as channel:
+            check = channel.unary_unary(
+                "/grpc.health.v1.Health/Check",
+                request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+                response_deserializer=health_pb2.HealthCheckResponse.FromString,
+            )
+            status = check(health_pb2.HealthCheckRequest(service=service)).status
+        return health_pb2.HealthCheckResponse.ServingStatus.Name(status)
 
     def terminate(self) -> int:
         """SIGTERM, and the exit status."""

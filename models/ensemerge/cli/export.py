@@ -68,6 +68,7 @@ def load_module(factory: str, checkpoint: Path) -> nn.Module:
 def _find(factory: str) -> Callable[[], object]:
     """The function that `package.module:factory` names, as seen from the folder where the command runs."""
     module_name, _, name = factory.partition(":")
+    # For good: what the factory imports when it is called lies there too.
     sys.path.insert(0, str(Path.cwd()))
     try:
         found = getattr(importlib.import_module(module_name), name)

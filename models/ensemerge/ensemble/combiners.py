@@ -13,6 +13,9 @@ from ensemerge.measures.scores import Floats, softmax
 
 Combiner = Callable[[Floats], Floats]
 
+# What the answer is called, compiled or combined.
+OUTPUT = "probabilities"
+
 
 def mean_probability(probabilities: Floats) -> Floats:
     """The linear opinion pool (Stone 1961): the mean of the members' probabilities."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from ensemerge.ensemble.combiners import Combiner, combine
+from ensemerge.ensemble.combiners import OUTPUT, Combiner, combine
 from ensemerge.errors import InvalidModel
 from ensemerge.graph.files import batch_input, named
 from ensemerge.graph.run import Arrays, Runner
@@ -20,7 +20,6 @@ from ensemerge.graph.surgery import prefixed
 from ensemerge.measures.differences import largest_difference
 from ensemerge.repository import Check, Task
 
-OUTPUT = "probabilities"
 # float32 probabilities of a few dozen layers, summed in another order: 1e-6 is usual. Half precision has 11 bits.
 EQUALITY_BOUND = 1e-5
 EQUALITY_BOUND_FLOAT16 = 2e-3

@@ -6,8 +6,6 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from ensemerge.errors import InvalidSpec
-from ensemerge.fields import suggest
 from ensemerge.graph.files import named
 from ensemerge.repository import Task
 
@@ -37,19 +35,11 @@ def settle_task(stated: Task | None, model: ir.Model) -> Task | None:
     """
     if stated is None:
         return infer_task(model)
-    outputs = {named(value): value for value in model.graph.outputs}
-    if stated.output not in outputs:
-        raise InvalidSpec(f"task: output '{stated.output}' is unknown; {suggest(stated.output, list(outputs))}")
-    return _with_classes(stated, outputs[stated.output]) if stated.kind == "classification" else stated
+    shapes = {named(value): _sizes(value) for value in model.graph.outputs}
+    stated.check(shapes, "task")
+    width = shapes[stated.output][-1] if stated.kind == "classification" and not stated.classes else None
+    return stated if width is None else replace(stated, classes=tuple(str(index) for index in range(width)))
 
 
-def _with_classes(task: Task, output: ir.Value) -> Task:
-    shape = list(output.shape or [])
-    if len(shape) != 2:
-        raise InvalidSpec(f"task: a classification needs an output (batch, classes); '{task.output}' is {shape}")
-    width = shape[1]
-    if not isinstance(width, int):
-        return task
-    if len(task.classes) not in (0, width):
-        raise InvalidSpec(f"task: {len(task.classes)} classes are named, but '{task.output}' has {width} columns")
-    return replace(task, classes=task.classes or tuple(str(index) for index in range(width)))
+def _sizes(value: ir.Value) -> list[int | None]:
+    return [axis if isinstance(axis, int) else None for axis in value.shape or ()]

@@ -6,10 +6,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from ensemerge.ensemble.combiners import OUTPUT
 from ensemerge.errors import InvalidSpec
 from ensemerge.repository import Task
 from ensemerge_server.experiments.assignment import Split
-from ensemerge_server.experiments.scale import OUTPUT, Probabilities
+from ensemerge_server.experiments.scale import Probabilities
 from ensemerge_server.experiments.spec import ExperimentSpec
 from ensemerge_server.servable import Done, Request, Servable, with_parameters
 

@@ -10,12 +10,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from ensemerge.ensemble.combiners import to_probabilities
+from ensemerge.ensemble.combiners import OUTPUT, to_probabilities
 from ensemerge.errors import EnsemergeError, ExecutionFailed, InvalidModel
 from ensemerge.repository import Task
 from ensemerge_server.servable import Done, Reply, Request, Servable, Signature, TensorSpec
-
-OUTPUT = "probabilities"
 
 
 class Probabilities:

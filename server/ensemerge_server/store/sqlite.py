@@ -186,7 +186,7 @@ class _Transaction:
                 prediction.time_seconds,
                 prediction.rows,
                 self._class_list(prediction),
-                *_scorable(prediction),
+                *_said(prediction),
             ),
         )
         unique = self._add_alias(prediction) if prediction.client_id else False
@@ -315,7 +315,7 @@ class _Transaction:
         )
 
 
-def _scorable(prediction: Prediction) -> tuple[bytes | None, bytes | None]:
+def _said(prediction: Prediction) -> tuple[bytes | None, bytes | None]:
     """The predicted class of each row, and the probabilities where there are not too many."""
     if prediction.output is None or prediction.task is None:
         return None, None
