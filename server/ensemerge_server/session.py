@@ -97,7 +97,7 @@ class Session:
         return values
 
     def warm_up(self) -> float:
-        """Run one row of zeros up to `WARM_UP_RUNS` times, so that the first caller does not pay for lazy initialisation.
+        """Run one row of zeros a few times, so that the first caller does not pay for lazy initialisation.
 
         Returns the seconds of the quickest run. A model may have good reasons to refuse zeros: then it is infinity,
         the first caller pays, and the log says so.
