@@ -1,11 +1,12 @@
 """Which tensor of one graph corresponds to which tensor of another: told by structure, not by names.
 
-Exporters rename weights (`val_12`) and keep constants as nodes; two exports of one architecture still have the same
-operators, wired the same way, in the same order.
+Exporters rename weights (`val_12`) and keep some of them as Constant nodes; two exports of one architecture still have
+the same operators, wired the same way, in the same order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,15 @@ import onnx_ir as ir
 
 from ensemerge.errors import StructureMismatch
 from ensemerge.graph.files import named
+from ensemerge.graph.surgery import held, is_constant
 
 
 def pair_weights(reference: ir.Model, other: ir.Model) -> dict[str, str]:
-    """Map the name of every initializer of `reference` to the name of its counterpart in `other`.
+    """Map the name of every weight of `reference` to the name of its counterpart in `other`.
 
-    Both graphs are walked side by side from their inputs. Raises StructureMismatch at the first place where operator,
-    attributes, wiring, shape or dtype differ.
+    A weight is an initializer, or a Constant node whose counterpart is an initializer or another number. Both graphs
+    are walked side by side from their inputs. Raises StructureMismatch at the first place where operator, attributes,
+    wiring, shape or dtype differ.
     """
     if reference.opset_imports != other.opset_imports:
         raise StructureMismatch(f"expected opsets {reference.opset_imports} in both graphs, got {other.opset_imports}")
@@ -27,18 +30,36 @@ def pair_weights(reference: ir.Model, other: ir.Model) -> dict[str, str]:
         raise StructureMismatch("graphs with local functions cannot be paired; expected them inlined at export")
     pairs: dict[ir.Value, ir.Value] = {}
     _pair_all("graph inputs", _free_inputs(reference), _free_inputs(other), pairs)
-    nodes, others = list(reference.graph), list(other.graph)
+    nodes, others = _operators(reference), _operators(other)
     if len(nodes) != len(others):
         raise StructureMismatch(f"expected graphs of one architecture, got {len(nodes)} and {len(others)} nodes")
     for node, its_other in zip(nodes, others, strict=True):
         _pair_nodes(node, its_other, pairs)
     _pair_all("graph outputs", list(reference.graph.outputs), list(other.graph.outputs), pairs)
-    weights = reference.graph.initializers.values()
-    return {named(weight): named(pairs[weight]) for weight in weights if weight in pairs}
+    return {named(weight): named(pairs[weight]) for weight in _weights(reference) if _is_weight(weight, pairs)}
+
+
+def _weights(model: ir.Model) -> list[ir.Value]:
+    constants = [node.outputs[0] for node in model.graph if is_constant(node)]
+    return [*model.graph.initializers.values(), *constants]
+
+
+def _is_weight(value: ir.Value, pairs: Mapping[ir.Value, ir.Value]) -> bool:
+    other = pairs.get(value)
+    if other is None:
+        return False
+    ours, theirs = held(value), held(other)
+    if ours is None or theirs is None or value.is_initializer() or other.is_initializer():
+        return True
+    return ours.tobytes() != theirs.tobytes()
 
 
 def _free_inputs(model: ir.Model) -> list[ir.Value]:
     return [value for value in model.graph.inputs if not value.is_initializer()]
+
+
+def _operators(model: ir.Model) -> list[ir.Node]:
+    return [node for node in model.graph if not is_constant(node)]
 
 
 def _pair_nodes(node: ir.Node, other: ir.Node, pairs: dict[ir.Value, ir.Value]) -> None:
@@ -83,11 +104,11 @@ def _pair_all(
 
 
 def _same_weight(where: str, our: ir.Value, their: ir.Value) -> None:
-    if our.is_initializer() != their.is_initializer():
+    ours, theirs = held(our), held(their)
+    if (ours is None) != (theirs is None):
         raise StructureMismatch(f"{where}: '{our.name}' is a weight in one graph only")
-    if not our.is_initializer() or our.const_value is None or their.const_value is None:
+    if ours is None or theirs is None:
         return
-    ours, theirs = our.const_value, their.const_value
     if ours.dtype != theirs.dtype or list(ours.shape) != list(theirs.shape):
         raise StructureMismatch(
             f"{where}: weight '{our.name}' is {ours.dtype} {list(ours.shape)}, "

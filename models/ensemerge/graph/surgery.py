@@ -13,20 +13,49 @@ Weights = Mapping[str, np.ndarray]
 
 
 def with_weights(model: ir.Model, weights: Weights) -> ir.Model:
-    """The same graph with some of its initializers replaced, by name. Raises StructureMismatch."""
+    """The same graph with some of its weights replaced, by name: initializers and Constant nodes.
+
+    Raises StructureMismatch.
+    """
     changed = model.clone()
+    constants = {node.outputs[0].name: node for node in changed.graph if is_constant(node)}
     for name, array in weights.items():
-        value = changed.graph.initializers.get(name)
-        if value is None or value.const_value is None:
+        node = constants.get(name)
+        value = changed.graph.initializers.get(name) if node is None else node.outputs[0]
+        old = None if value is None else held(value)
+        if value is None or old is None:
             raise StructureMismatch(f"the graph has no weight '{name}' to replace")
-        old = value.const_value
         if tuple(old.shape) != array.shape or old.dtype.numpy() != array.dtype:
             raise StructureMismatch(
                 f"weight '{name}': expected {old.dtype} {list(old.shape)}, got {array.dtype} {list(array.shape)}"
             )
         # Not ascontiguousarray, which gives a scalar an axis.
-        value.const_value = ir.tensor(np.asarray(array, order="C"), name=name)
+        tensor = ir.tensor(np.asarray(array, order="C"), name=name)
+        if node is None:
+            value.const_value = tensor
+        else:
+            node.attributes["value"] = ir.AttrTensor("value", tensor)
     return changed
+
+
+def is_constant(node: ir.Node) -> bool:
+    """Whether a node does nothing but hold a tensor."""
+    return node.op_type == "Constant" and node.domain in ("", "ai.onnx") and "value" in node.attributes
+
+
+def held_tensors(model: ir.Model) -> dict[str, ir.TensorProtocol]:
+    """Every tensor that the main graph holds, by name: initializers, then Constant nodes."""
+    constants = [node.outputs[0] for node in model.graph if is_constant(node)]
+    found = {value.name or "": held(value) for value in (*model.graph.initializers.values(), *constants)}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def held(value: ir.Value) -> ir.TensorProtocol | None:
+    """The tensor of an initializer or of a Constant node; None for what is computed."""
+    node = value.producer()
+    if node is not None and is_constant(node):
+        return node.attributes["value"].as_tensor()
+    return value.const_value if value.is_initializer() else None
 
 
 def up_to(model: ir.Model, outputs: Sequence[str]) -> ir.Model:

@@ -2,59 +2,83 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-import ml_dtypes
-import numpy as np
-import onnx_ir as ir
 import torch
 
-from ensemerge.errors import InvalidModel
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
 
 
 class WeightReader(Protocol):
-    """Named tensors, opened lazily."""
+    """Named tensors on disk: what they are is known at once, what they hold is read in windows."""
 
     @property
     def names(self) -> Sequence[str]:
-        """The names of all tensors, in a fixed order."""
+        """The names of all tensors, tied ones included, in a fixed order."""
         ...
-
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor, which the caller must not change. Raises KeyError."""
-        ...
-
-
-class OnnxWeights:
-    """The initializers of an ONNX graph; those in external files stay on disk until they are read."""
-
-    def __init__(self, model: ir.Model) -> None:
-        self._initializers = model.graph.initializers
 
     @property
-    def names(self) -> Sequence[str]:
-        return list(self._initializers)
+    def ties(self) -> Mapping[str, str]:
+        """For each name whose tensor is another's as well: the name, earlier in `names`, under which it is kept."""
+        ...
 
-    def read(self, name: str) -> torch.Tensor:
-        tensor = self._initializers[name].const_value
-        if tensor is None:
-            raise InvalidModel(f"weight '{name}' has no value; expected an initializer with data")
-        return to_tensor(tensor.numpy())
+    @property
+    def resident_bytes(self) -> int:
+        """What the reader holds in memory whether or not anything is read."""
+        ...
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype. Raises KeyError."""
+        ...
+
+    def window(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements `start:stop` of the flattened tensor, `(stop - start,)`, which the caller must not change.
+
+        May be a map of the file: after `give_back` its pages come back from the disk when it is used again. Raises
+        KeyError, IndexError where the tensor has no such elements, InvalidData.
+        """
+        ...
+
+    def give_back(self, name: str, start: int, stop: int) -> None:
+        """The caller is done with a window: its pages need not stay in memory."""
+        ...
 
 
-def to_tensor(array: np.ndarray) -> torch.Tensor:
-    """A tensor of its own with the values of `array`, which may be a read-only map of a file."""
-    if array.dtype == ml_dtypes.bfloat16:  # a dtype that numpy alone does not know
-        return torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(array.copy())
+def read(reader: WeightReader, name: str) -> torch.Tensor:
+    """One whole tensor in its own shape, which the caller must not change. Raises KeyError, InvalidData."""
+    info = reader.info(name)
+    return reader.window(name, 0, info.numel).reshape(info.shape)
 
 
-def to_array(tensor: torch.Tensor) -> np.ndarray:
-    """The values of `tensor` as an array; `to_tensor` the other way round."""
-    if tensor.dtype == torch.bfloat16:
-        return tensor.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
+def check_stretch(name: str, info: TensorInfo, start: int, stop: int) -> None:
+    """Raises IndexError: a map would answer with the bytes of a neighbouring tensor."""
+    if not 0 <= start <= stop <= info.numel:
+        raise IndexError(f"elements {start}:{stop} of tensor '{name}', which has {info.numel}")
+
+
+def rows_of(info: TensorInfo, start: int, stop: int) -> tuple[int, int, int]:
+    """The rows (entries of axis 0) `first:end` that elements `start:stop` touch, and the elements of one row."""
+    columns = math.prod(info.shape[1:])
+    if not columns or not info.shape:
+        return 0, 0 if info.shape else 1, max(columns, 1)
+    return start // columns, -(-stop // columns), columns
 
 
 class RenamedWeights:
@@ -63,10 +87,27 @@ class RenamedWeights:
     def __init__(self, inner: WeightReader, mapping: Mapping[str, str]) -> None:
         self._inner = inner
         self._mapping = mapping
+        first: dict[str, str] = {}
+        kept = {new: inner.ties.get(old, old) for new, old in mapping.items()}
+        self._ties = {new: first[old] for new, old in kept.items() if first.setdefault(old, new) != new}
 
     @property
     def names(self) -> Sequence[str]:
         return list(self._mapping)
 
-    def read(self, name: str) -> torch.Tensor:
-        return self._inner.read(self._mapping[name])
+    @property
+    def ties(self) -> Mapping[str, str]:
+        return self._ties
+
+    @property
+    def resident_bytes(self) -> int:
+        return self._inner.resident_bytes
+
+    def info(self, name: str) -> TensorInfo:
+        return self._inner.info(self._mapping[name])
+
+    def window(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self._inner.window(self._mapping[name], start, stop)
+
+    def give_back(self, name: str, start: int, stop: int) -> None:
+        self._inner.give_back(self._mapping[name], start, stop)
