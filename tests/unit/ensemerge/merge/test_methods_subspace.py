@@ -1,0 +1,112 @@
+from typing import Any
+
+import pytest
+import torch
+from support.merging import merge
+
+from ensemerge.merge.methods.subspace import iso_c, iso_cts, orthogonal, tsv_m
+from ensemerge.merge.methods.table import METHODS
+
+SUBSPACE = ["tsv_m", "iso_c", "iso_cts"]
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def rank_one(left: int, right: int, value: float, shape: tuple[int, int] = (4, 4)) -> torch.Tensor:
+    """A matrix with one singular value, along two axes."""
+    matrix = torch.zeros(shape, dtype=torch.float64)
+    matrix[left, right] = value
+    return matrix
+
+
+def test_tasks_in_orthogonal_subspaces_do_not_interfere() -> None:
+    # Two triplets each: τ_0 lives on axes 0 and 1, τ_1 on 2 and 3; the merge is their sum.
+    taus = [rank_one(0, 0, 5) + rank_one(1, 1, 3), rank_one(2, 2, 4) + rank_one(3, 3, 2)]
+    torch.testing.assert_close(tsv_m(taus), taus[0] + taus[1])
+
+
+def test_tsv_keeps_each_tasks_leading_triplets() -> None:
+    taus = [rank_one(0, 0, 5) + rank_one(1, 1, 3) + rank_one(2, 2, 1), rank_one(3, 3, 4) + rank_one(2, 2, 2)]
+    # The third triplet of task 0 is dropped.
+    torch.testing.assert_close(tsv_m(taus), rank_one(0, 0, 5) + rank_one(1, 1, 3) + taus[1])
+
+
+def test_tsv_makes_parallel_directions_orthogonal() -> None:
+    merged = tsv_m([random(6, 5), random(6, 5, seed=1)])
+    s = torch.linalg.svdvals(merged)
+    singular = [torch.linalg.svdvals(random(6, 5, seed=seed))[:2] for seed in (0, 1)]
+    torch.testing.assert_close(s[:4], torch.cat(singular).sort(descending=True).values)
+
+
+def test_more_tasks_than_rows_fall_back_to_the_mean() -> None:
+    taus = [random(2, 5, seed=seed) for seed in range(3)]
+    torch.testing.assert_close(tsv_m(taus), torch.stack(taus).mean(0))
+
+
+def test_iso_c_makes_every_singular_value_the_mean() -> None:
+    taus = [random(5, 7), random(5, 7, seed=1)]
+    total = taus[0] + taus[1]
+    singular = torch.linalg.svdvals(iso_c(taus))
+    torch.testing.assert_close(singular, torch.linalg.svdvals(total).mean().expand(5))
+    torch.testing.assert_close(iso_c([torch.diag(torch.tensor([3.0, 1.0]))] * 2), torch.eye(2) * 4)
+
+
+def test_iso_cts_without_own_directions_is_iso_c() -> None:
+    taus = [random(6, 5), random(6, 5, seed=1)]
+    torch.testing.assert_close(iso_cts(taus, 1.0), iso_c(taus))
+
+
+def test_iso_cts_gives_each_task_directions_of_its_own() -> None:
+    # The sum is led by axis 0; axes 1 and 2 belong to one task each, and all get the mean of 10, 3 and 2.
+    shape = (3, 3)
+    taus = [rank_one(0, 0, 5, shape) + rank_one(1, 1, 3, shape), rank_one(0, 0, 5, shape) + rank_one(2, 2, 2, shape)]
+    torch.testing.assert_close(iso_cts(taus, 0.4), torch.eye(3, dtype=torch.float64) * 5)
+
+
+def test_the_nearest_orthogonal_matrix() -> None:
+    tall = orthogonal(random(6, 3))
+    torch.testing.assert_close(tall.T @ tall, torch.eye(3, dtype=torch.float64))
+    wide = orthogonal(random(3, 6))
+    torch.testing.assert_close(wide @ wide.T, torch.eye(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("method", SUBSPACE)
+@pytest.mark.parametrize("shape", [(), (4,), (3, 2, 2)])
+def test_what_is_no_matrix_is_averaged(method: str, shape: tuple[int, ...]) -> None:
+    models = [random(*shape, seed=seed) for seed in range(3)]
+    base = random(*shape, seed=9)
+    merged = merge(method, models, base, lambda_=0.5)
+    torch.testing.assert_close(merged, base + 0.5 * (torch.stack(models).mean(0) - base))
+
+
+@pytest.mark.parametrize("method", [*SUBSPACE, "knots_linear", "knots_ties"])
+def test_no_change_stays_no_change(method: str) -> None:
+    base = random(4, 5).float()
+    parameters: dict[str, Any] = {"weight": 1.0} if "weight" in {p.name for p in METHODS[method].parameters} else {}
+    assert torch.equal(merge(method, [base] * 3, base, **parameters), base)
+
+
+def test_knots_with_sums_is_task_arithmetic() -> None:
+    # The decomposition is linear, so that merging V by sums changes nothing.
+    models, base = [random(6, 4, seed=seed) for seed in range(3)], random(6, 4, seed=9)
+    weights = {"weight": [0.2, 0.5, 0.9]}
+    expected = merge("task_arithmetic", models, base, each=weights)
+    torch.testing.assert_close(merge("knots_linear", models, base, each=weights), expected)
+
+
+def test_knots_aligns_adapters_of_different_ranks() -> None:
+    # Both adapters write into axis 0; the second has another direction too, which no one disputes.
+    a = rank_one(0, 0, 3.0)
+    b = rank_one(0, 0, 1.0) + rank_one(1, 2, 2.0)
+    merged = merge("knots_ties", [a, b], torch.zeros(4, 4, dtype=torch.float64), weight=1.0)
+    torch.testing.assert_close(merged, rank_one(0, 0, 2.0) + rank_one(1, 2, 2.0))
+
+
+def test_knots_trims_the_shared_directions() -> None:
+    a = rank_one(0, 0, 3.0) + rank_one(1, 1, 1.0)
+    zero = torch.zeros(4, 4, dtype=torch.float64)
+    # V has eight entries, of which two are not zero; a quarter of them keeps both, an eighth one or both, tied.
+    torch.testing.assert_close(merge("knots_ties", [a], zero, weight=1.0, density=0.25), a)
+    assert torch.equal(merge("knots_ties", [a], zero, weight=1.0, density=0.0), zero)
