@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ensemerge.ensemble.spec import parse_ensemble
-from ensemerge.merge.recipe import parse_recipe
+from ensemerge.merge.recipe import parse_model_yaml
 from ensemerge.repository import Repository, Spec, Task, Version, parse_reference
 from ensemerge_server.batching import Batcher
 from ensemerge_server.catalogue import Builder, Deployed, Resolve
@@ -69,7 +69,7 @@ def builders(repository: Repository, settings: Settings) -> Mapping[str, Builder
     return {
         "onnx": FileKind(repository, settings, lambda spec: spec.fields().finish()),
         "ensemble": FileKind(repository, settings, parse_ensemble),
-        "merge": FileKind(repository, settings, parse_recipe),
+        "merge": FileKind(repository, settings, parse_model_yaml),
         "experiment": experiment_kind,
     }
 
