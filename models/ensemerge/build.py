@@ -24,17 +24,23 @@ from ensemerge.ensemble.spec import parse_ensemble
 from ensemerge.errors import InvalidData, InvalidModel, InvalidSpec
 from ensemerge.fields import suggest
 from ensemerge.graph.files import batch_input, load, named, save
-from ensemerge.graph.pairing import pair_weights
 from ensemerge.graph.run import Arrays, Runner
 from ensemerge.graph.surgery import with_weights
 from ensemerge.graph.tasks import settle_task
+from ensemerge.merge.checkpoint import methods_of
 from ensemerge.merge.engine import merge_weights
-from ensemerge.merge.methods import METHODS
-from ensemerge.merge.recipe import MergeRecipe, parse_recipe
+from ensemerge.merge.layout import expand
+from ensemerge.merge.methods.table import METHODS
+from ensemerge.merge.onnx_forms import pair_models
+from ensemerge.merge.opened import OpenModel
+from ensemerge.merge.plan import make_outputs
+from ensemerge.merge.recipe import Recipe, parse_model_yaml
 from ensemerge.progress import Notify, silent
 from ensemerge.repository import MODEL_FILE, Check, Manifest, Repository, Spec, Task, Version, parse_reference, sha256
 from ensemerge.restore.batch_norm import restore_batch_norm
-from ensemerge.weights.reader import OnnxWeights, RenamedWeights, to_array
+from ensemerge.weights.arrays import to_array
+from ensemerge.weights.onnx import OnnxWeights
+from ensemerge.weights.writer import MemoryWriter
 
 # As many as the largest batch on which an ensemble is compared with its members.
 PROBE_ROWS = max(BATCHES)
@@ -47,6 +53,12 @@ class Source:
     version: Version
     model: ir.Model
     task: Task | None
+
+    @property
+    def opened(self) -> OpenModel:
+        """As a model of a merge."""
+        path = self.version.model_path
+        return OpenModel(path, OnnxWeights(self.model, path), None, path)
 
 
 def build(repository: Repository, name: str, notify: Notify = silent) -> Version:
@@ -62,8 +74,8 @@ def build(repository: Repository, name: str, notify: Notify = silent) -> Version
 
 
 def _build_merge(repository: Repository, spec: Spec, folder: Path, notify: Notify) -> Manifest:
-    recipe = parse_recipe(spec)
-    sources = _open_sources(repository, [ingredient.model for ingredient in recipe.ingredients], spec)
+    recipe = parse_model_yaml(spec, METHODS)
+    sources = _open_sources(repository, [str(reference) for reference in recipe.references()], spec)
     task = settle_task(spec.task, sources[0].model) if spec.task else _common_task(sources)
     merged = _merge(sources, recipe, notify)
     checks: list[Check] = []
@@ -98,16 +110,19 @@ def _try_out(path: Path, model: ir.Model) -> None:
         runner.run(_probe(model))
 
 
-def _merge(sources: Sequence[Source], recipe: MergeRecipe, notify: Notify) -> ir.Model:
-    """The first source's graph with the merged weights of all."""
-    reference = sources[0].model
-    readers = [RenamedWeights(OnnxWeights(source.model), pair_weights(reference, source.model)) for source in sources]
-    weights = [ingredient.weight for ingredient in recipe.ingredients]
-    merged: dict[str, np.ndarray] = {}
-    for name, tensor in merge_weights(readers, weights, METHODS[recipe.method]):
-        merged[name] = to_array(tensor)
-        notify("merge weights", len(merged), len(readers[0].names))
-    return with_weights(reference, merged)
+def _merge(sources: Sequence[Source], recipe: Recipe, notify: Notify) -> ir.Model:
+    """The donor's graph with the merged weights of all."""
+    opened = {str(reference): source.opened for reference, source in zip(recipe.references(), sources, strict=True)}
+    form, models = pair_models(recipe, opened)
+    readers = {name: model.reader for name, model in models.items()}
+    methods = methods_of(recipe)
+    layout = expand(recipe, {name: model.names for name, model in models.items()}, methods)
+    outputs = make_outputs(recipe, layout.tensors, readers, methods)
+    if len(outputs) > 1:
+        raise InvalidSpec(f"'{recipe.method}' makes a model for each task; expected one model: use `ensemerge merge`")
+    writer = MemoryWriter(outputs[0].layout)
+    merge_weights(outputs[0].jobs, writer, notify=notify)
+    return with_weights(form.model, {name: to_array(tensor) for name, tensor in writer.tensors.items()})
 
 
 def _build_ensemble(repository: Repository, spec: Spec, folder: Path, notify: Notify) -> Manifest:

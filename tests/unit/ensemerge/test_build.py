@@ -72,7 +72,7 @@ def test_the_same_recipe_gives_the_same_bytes(repository: Repository) -> None:
         ({"kind": "ensemble", "members": []}, "'members' is empty"),
         ({"kind": "ensemble", "members": ["a", "other"]}, "expected input"),
         ({"kind": "merge", "models": [{"model": "a"}, {"model": "other"}]}, "expected graphs of one architecture"),
-        ({"kind": "merge", "models": []}, "no models are named"),
+        ({"kind": "merge", "models": []}, "'models' is empty; expected at least one"),
         ({"kind": "merge", "models": [{"model": "a"}], "calibration": {"data": "none.npz"}}, "is no .npz"),
         ({"kind": "ensembel", "members": ["a"]}, "did you mean 'ensemble'"),
         ({"kind": "onnx"}, "kind 'onnx' is not built"),

@@ -1,0 +1,170 @@
+"""From a recipe to a merged model on disk: find, open, plan, write.
+
+plan = plan_merge(recipe, text, Library(folder), Options())
+write_merge(plan, Path("merged"))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ensemerge.errors import InvalidSpec
+from ensemerge.merge.companions import Facts, write_companions
+from ensemerge.merge.engine import Journal, Machine, merge_weights
+from ensemerge.merge.forms import Form, SafetensorsForm
+from ensemerge.merge.layout import Layout, expand
+from ensemerge.merge.methods.mergekit import DEVIATIONS, MERGEKIT
+from ensemerge.merge.methods.table import METHODS, MethodEntry
+from ensemerge.merge.naming import layer_counts
+from ensemerge.merge.opened import Library, OpenModel, cast_on_load, open_models, with_vocabulary
+from ensemerge.merge.plan import MergePlan, Output, fingerprint, fit, make_outputs
+from ensemerge.merge.recipe import Recipe
+from ensemerge.merge.staging import staged
+from ensemerge.merge.vocabulary import VocabularyPlan, tokenizers_agree
+from ensemerge.progress import Notify, silent
+from ensemerge.weights.writer import TensorWriter
+
+SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a merge runs, beside what its recipe says."""
+
+    machine: Machine = field(default_factory=Machine)
+    memory_bytes: int | None = None
+    shard_bytes: int = SHARD_BYTES
+    graph: Path | None = None  # an ONNX export that gets the merged weights
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A merge that is ready to run: the plan, the form of its output, and what goes beside the weights."""
+
+    plan: MergePlan
+    form: Form
+    fingerprint: str
+    beside: Callable[[Path], Sequence[str]]  # writes the companions of the weights into a folder, returns remarks
+
+
+def plan_merge(recipe: Recipe, text: str, library: Library, options: Options) -> Merge:
+    """Settle everything from headers. Raises InvalidSpec, InvalidModel, InvalidData, StructureMismatch."""
+    methods = methods_of(recipe)
+    models = open_models(recipe, library)
+    form, paired = _form(recipe, models, options)
+    models, vocabulary = with_vocabulary(recipe, paired, library)
+    if recipe.compat:
+        models = cast_on_load(models, recipe.dtype)
+    layout = expand(recipe, {name: model.names for name, model in models.items()}, methods)
+    readers = {name: model.reader for name, model in models.items()}
+    outputs = make_outputs(recipe, layout.tensors, readers, methods)
+    if options.graph is not None:
+        form, outputs = _into_graph(options.graph, models, outputs)
+    extra = sum(form.extra_bytes(output) for output in outputs)
+    machine, memory = fit(outputs, readers.values(), options.machine, options.memory_bytes, extra)
+    plan = MergePlan(recipe.method, outputs, machine, memory, _notes(recipe, layout, models, vocabulary))
+    beside = _companions(recipe, text, models, layout, vocabulary)
+    return Merge(plan, form, fingerprint(recipe, outputs, (model.path for model in models.values())), beside)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A merge that is done: what a person should look at, and how many tensors an earlier try had written."""
+
+    remarks: Sequence[str]
+    resumed: int
+
+
+def write_merge(merge: Merge, out: Path, notify: Notify = silent) -> Written:
+    """Run the merge and put the model, or the models of all tasks, at `out`.
+
+    Raises InvalidData where `out` exists or the disk is full, InvalidModel for weights that cannot be merged.
+    """
+    remarks: list[str] = []
+    with staged(out, merge.fingerprint) as staging:
+        for output in merge.plan.outputs:
+            folder = staging.folder / output.folder
+            folder.mkdir(exist_ok=True)
+            _write_output(merge, output, folder, staging.under(output.folder), notify)
+            remarks += merge.beside(folder)
+    return Written(list(dict.fromkeys(remarks)), staging.resumed)
+
+
+def methods_of(recipe: Recipe) -> Mapping[str, MethodEntry]:
+    """The table of methods that a recipe asks for. Raises InvalidSpec for one that mergekit does not have."""
+    if recipe.compat is None:
+        return METHODS
+    if recipe.method not in MERGEKIT:
+        raise InvalidSpec(f"mergekit has no method '{recipe.method}'; leave out `compat: mergekit`")
+    return MERGEKIT
+
+
+def _form(recipe: Recipe, models: Mapping[str, OpenModel], options: Options) -> tuple[Form, Mapping[str, OpenModel]]:
+    if any(model.onnx is not None for model in models.values()):
+        # Half a second of imports that a merge of safetensors need not spend.
+        from ensemerge.merge.onnx_forms import pair_models
+
+        return pair_models(recipe, models)
+    if recipe.calibration is not None:
+        raise InvalidSpec("`calibration` needs a graph; merge ONNX models as `kind: merge` with `ensemerge build`")
+    return SafetensorsForm(options.shard_bytes), models
+
+
+def _into_graph(
+    graph: Path, models: Mapping[str, OpenModel], outputs: Sequence[Output]
+) -> tuple[Form, tuple[Output, ...]]:
+    from ensemerge.merge.onnx_forms import into_graph
+
+    return into_graph(graph, models, outputs)
+
+
+def _notes(
+    recipe: Recipe, layout: Layout, models: Mapping[str, OpenModel], vocabulary: VocabularyPlan | None
+) -> tuple[str, ...]:
+    notes = list(layout.notes)
+    if recipe.compat is None and recipe.method in DEVIATIONS:
+        notes.append(f"unlike mergekit: {DEVIATIONS[recipe.method]} (`compat: mergekit` gives its numbers)")
+    if vocabulary is not None:
+        notes += vocabulary.notes
+    elif len(models) > 1:
+        notes += tokenizers_agree({name: model.vocabulary for name, model in models.items()})
+    return tuple(notes)
+
+
+def _companions(
+    recipe: Recipe,
+    text: str,
+    models: Mapping[str, OpenModel],
+    layout: Layout,
+    vocabulary: VocabularyPlan | None,
+) -> Callable[[Path], Sequence[str]]:
+    donor = models[str(recipe.donor)]
+    counts = layer_counts(donor.reader.names)
+    facts = Facts(recipe.out_dtype or recipe.dtype, vocabulary, layout.layers, counts, layout.untied)
+    folders = {name: model.folder for name, model in models.items()}
+    return lambda folder: write_companions(folder, recipe, text, donor.folder, folders, facts)
+
+
+def _write_output(merge: Merge, output: Output, folder: Path, journal: Journal, notify: Notify) -> None:
+    writer = merge.form.open(folder, output)
+    try:
+        merge_weights(output.jobs, writer, merge.plan.machine, _Resumed(journal, writer), notify)
+        writer.close()
+    finally:
+        writer.abandon()
+
+
+@dataclass(frozen=True)
+class _Resumed:
+    """A journal whose tensors the writer still has; those that it had in memory alone are merged again."""
+
+    journal: Journal
+    writer: TensorWriter
+
+    def holds(self, name: str) -> bool:
+        return self.journal.holds(name) and self.writer.keep(name)
+
+    def add(self, name: str) -> None:
+        self.journal.add(name)

@@ -1,0 +1,239 @@
+"""Merged models as ONNX: the graph of the models that were merged, or an export that gets a checkpoint's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Lock
+
+import onnx_ir as ir
+import torch
+
+from ensemerge.errors import InvalidSpec, StructureMismatch
+from ensemerge.graph.files import load
+from ensemerge.graph.pairing import pair_weights
+from ensemerge.graph.surgery import held_tensors
+from ensemerge.merge.opened import OpenModel
+from ensemerge.merge.plan import Output
+from ensemerge.merge.recipe import Recipe
+from ensemerge.weights.arrays import to_tensor
+from ensemerge.weights.onnx import OnnxWeights
+from ensemerge.weights.onnx_writer import OnnxWriter
+from ensemerge.weights.reader import RenamedWeights, TensorInfo, WeightReader, read
+from ensemerge.weights.writer import MemoryWriter, TensorWriter
+
+MODEL_FILE = "model.onnx"
+
+
+@dataclass(frozen=True)
+class OnnxForm:
+    """The first model's graph with the merged weights."""
+
+    model: ir.Model
+    source: Path
+
+    def open(self, folder: Path, output: Output) -> TensorWriter:
+        return OnnxWriter(folder / MODEL_FILE, self.model, output.layout, source=self.source)
+
+    def extra_bytes(self, output: Output) -> int:
+        return 0
+
+
+def pair_models(recipe: Recipe, models: Mapping[str, OpenModel]) -> tuple[OnnxForm, dict[str, OpenModel]]:
+    """The form of a merge of ONNX models, and the models under the names of the donor's weights.
+
+    Raises InvalidSpec where other models are among them or the recipe takes the graph apart, StructureMismatch where
+    the graphs differ.
+    """
+    if recipe.slices or recipe.modules or recipe.tokenizer:
+        raise InvalidSpec(
+            "slices, modules and tokenizers change the network; ONNX models keep their graph: expected `models`"
+        )
+    graphs = {name: load(_onnx_file(name, model)) for name, model in models.items()}
+    donor = str(recipe.donor)
+    paired = {}
+    for name, model in models.items():
+        names = pair_weights(graphs[donor], graphs[name])
+        paired[name] = replace(model, reader=RenamedWeights(model.reader, names))
+    return OnnxForm(graphs[donor], _onnx_file(donor, models[donor])), paired
+
+
+def _onnx_file(name: str, model: OpenModel) -> Path:
+    if model.onnx is None:
+        raise InvalidSpec(
+            f"{name} is no ONNX model, others of the recipe are; expected one kind, or --graph for an export"
+        )
+    return model.onnx
+
+
+def into_graph(
+    path: Path, models: Mapping[str, OpenModel], outputs: Sequence[Output]
+) -> tuple[GraphForm, tuple[Output, ...]]:
+    """The form that puts merged checkpoints into an export of one of the models, and the outputs in its dtypes.
+
+    Raises InvalidModel, StructureMismatch with what each model lacks in it.
+    """
+    model, reasons = load(path), []
+    for name, source in models.items():
+        try:
+            spots = find_spots(model, source.reader, outputs[0].layout)
+        except (StructureMismatch, KeyError) as error:
+            reasons.append(f"as an export of {name}: {error}")
+            continue
+        return GraphForm(model, path, spots), tuple(_in_dtypes_of(model, spots, output) for output in outputs)
+    raise StructureMismatch("\n".join(reasons))
+
+
+def _in_dtypes_of(model: ir.Model, spots: Spots, output: Output) -> Output:
+    held = OnnxWeights(model, None)
+    jobs = [
+        replace(job, info=TensorInfo(job.info.shape, held.info(spots[job.name][0].name).dtype))
+        for job in output.jobs
+        if job.name in spots
+    ]
+    return Output(output.folder, tuple(jobs))
+
+
+@dataclass(frozen=True)
+class Spot:
+    """Where a checkpoint's tensor lies in a graph: the weight's name, and whether it is kept transposed there."""
+
+    name: str
+    transposed: bool = False
+
+
+Spots = Mapping[str, Sequence[Spot]]
+
+
+@dataclass(frozen=True)
+class GraphForm:
+    """An export of the same network, whose weights are replaced by those of the merged checkpoint."""
+
+    model: ir.Model
+    source: Path
+    spots: Spots
+
+    def open(self, folder: Path, output: Output) -> TensorWriter:
+        placed = {name: info for name, info in output.layout.items() if name in self.spots}
+        layout = {spot.name: _laid(info, spot) for name, info in placed.items() for spot in self.spots[name]}
+        return _Placed(OnnxWriter(folder / MODEL_FILE, self.model, layout, source=self.source), placed, self.spots)
+
+    def extra_bytes(self, output: Output) -> int:
+        turned = [
+            job.info.nbytes for job in output.jobs if any(spot.transposed for spot in self.spots.get(job.name, ()))
+        ]
+        return 2 * sum(sorted(turned)[-8:])  # of those under way, each as it came and turned
+
+
+def _laid(info: TensorInfo, spot: Spot) -> TensorInfo:
+    return TensorInfo(info.shape[::-1], info.dtype) if spot.transposed else info
+
+
+class _Placed:
+    """A writer under the checkpoint's names; what the graph keeps transposed is turned when the tensor is whole."""
+
+    def __init__(self, inner: TensorWriter, infos: Mapping[str, TensorInfo], spots: Spots) -> None:
+        self._inner = inner
+        self._spots = spots
+        turned = [name for name in infos if any(spot.transposed for spot in spots[name])]
+        self._infos = {name: infos[name] for name in turned}
+        self._open: dict[str, MemoryWriter] = {}
+        self._left = {name: infos[name].numel for name in turned}
+        self._lock = Lock()
+
+    @property
+    def total_bytes(self) -> int:
+        return self._inner.total_bytes
+
+    def write(self, name: str, start: int, tensor: torch.Tensor) -> None:
+        for spot in self._spots.get(name, ()):  # none: the graph has no use for a counter of training steps
+            if not spot.transposed:
+                self._inner.write(spot.name, start, tensor)
+        if name in self._left:
+            self._collect(name, start, tensor)
+
+    def _collect(self, name: str, start: int, tensor: torch.Tensor) -> None:
+        with self._lock:
+            whole = self._open.setdefault(name, MemoryWriter({name: self._infos[name]}))
+        whole.write(name, start, tensor)
+        with self._lock:
+            self._left[name] -= tensor.numel()
+            if self._left[name]:
+                return
+            del self._open[name]
+        turned = whole.tensors[name].T.reshape(-1)
+        for spot in self._spots[name]:
+            if spot.transposed:
+                self._inner.write(spot.name, 0, turned)
+
+    def keep(self, name: str) -> bool:
+        # All are asked, each for its own sake; a tensor that the graph has no use for is there as far as it can be.
+        kept = [self._inner.keep(spot.name) for spot in self._spots.get(name, ())]
+        return all(kept)
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def abandon(self) -> None:
+        self._inner.abandon()
+
+
+def find_spots(model: ir.Model, checkpoint: WeightReader, layout: Mapping[str, TensorInfo]) -> Spots:
+    """Where each tensor of a checkpoint lies in an export of it: told by name, or else by equal values.
+
+    Exporters rename, transpose and copy weights, but the values of the model that was exported are there; `checkpoint`
+    is that model. Raises StructureMismatch where a floating tensor is nowhere in the graph, or where two could be
+    one weight.
+    """
+    weights = held_tensors(model)
+    spots = {name: [Spot(name)] for name, info in layout.items() if name in weights and _fits(weights[name], info)}
+    by_name = set(spots)
+    for weight, tensor in weights.items():
+        if weight not in by_name and tensor.dtype.is_floating_point() and len(tensor.shape):
+            found = {name: turned for name in layout if (turned := _match(checkpoint, name, tensor)) is not None}
+            _assign(spots, weight, found, by_name)
+    missing = [
+        name for name, info in layout.items() if name not in spots and info.dtype.is_floating_point and info.numel
+    ]
+    if missing:
+        raise StructureMismatch(
+            f"the graph holds no weight with the values of {', '.join(missing[:3])} ({len(missing)} in all); expected "
+            "an export of one of the recipe's models, in which nothing was folded: export it again without optimisation"
+        )
+    return spots
+
+
+def _assign(spots: dict[str, list[Spot]], weight: str, found: Mapping[str, bool], by_name: set[str]) -> None:
+    """One more spot for the tensor that has a weight's values; one that no name has placed comes first."""
+    candidates = [name for name in found if name not in by_name] or list(found)
+    if len(candidates) > 1:
+        raise StructureMismatch(
+            f"weight '{weight}' of the graph has the values of {', '.join(candidates[:3])}, which are equal in the "
+            "model that was exported; expected values that tell them apart: export one of the tuned models"
+        )
+    for name in candidates:
+        spots.setdefault(name, []).append(Spot(weight, found[name]))
+
+
+def _fits(tensor: ir.TensorProtocol, info: TensorInfo) -> bool:
+    return tuple(tensor.shape) == info.shape
+
+
+def _match(checkpoint: WeightReader, name: str, tensor: ir.TensorProtocol) -> bool | None:
+    """Whether a weight holds the values of a tensor, and then whether transposed; None where it does not."""
+    info, shape = checkpoint.info(name), tuple(tensor.shape)
+    ways = [turned for turned in (False, True) if shape == (info.shape[::-1] if turned else info.shape)]
+    if not ways or (ways == [True] and len(shape) != 2) or not info.dtype.is_floating_point:
+        return None
+    held = to_tensor(tensor.numpy())
+    few = min(info.shape[-1], 64)
+    begin = checkpoint.window(name, 0, few).to(held.dtype)
+    for turned in ways:
+        seen = held.T if turned and held.ndim == 2 else held
+        # Most tensors of one shape differ in the first few values already.
+        if torch.equal(seen.reshape(-1, info.shape[-1])[0, :few], begin) and torch.equal(
+            seen, read(checkpoint, name).to(held.dtype)
+        ):
+            return turned and held.ndim == 2
+    return None
