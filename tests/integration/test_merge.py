@@ -296,6 +296,19 @@ def test_merges_of_one_file_use_each_other(family: Path) -> None:
         )
 
 
+def test_tied_tensors_stay_tied_or_are_written_out(tmp_path: Path) -> None:
+    recipe = (
+        "merge_method: dare_linear\nbase_model: a.pt\nmodels: [{model: b.pt, parameters: {weight: 1, density: 0.5}}]\n"
+    )
+    for name in ("a", "b"):
+        table = torch.randn(40, 8)
+        torch.save({"embed.weight": table, "head.weight": table, "w": torch.randn(8)}, tmp_path / f"{name}.pt")
+    run(tmp_path, recipe, "--out", "out")
+    merged = read_checkpoint(tmp_path / "out")
+    assert sorted(merged) == ["embed.weight", "head.weight", "w"]
+    assert torch.equal(merged["embed.weight"], merged["head.weight"])
+
+
 def test_slices_stack_layers(family: Path) -> None:
     recipe = (
         "merge_method: passthrough\nslices:\n  - sources: [{model: one, layer_range: [0, 2]}]\n"

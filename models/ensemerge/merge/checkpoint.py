@@ -19,7 +19,7 @@ from ensemerge.merge.methods.mergekit import DEVIATIONS, MERGEKIT
 from ensemerge.merge.methods.table import METHODS, MethodEntry
 from ensemerge.merge.naming import layer_counts
 from ensemerge.merge.opened import Library, OpenModel, cast_on_load, open_models, with_vocabulary
-from ensemerge.merge.plan import MergePlan, Output, fingerprint, fit, make_outputs
+from ensemerge.merge.plan import MergePlan, Output, fingerprint, fit, make_outputs, with_tied
 from ensemerge.merge.recipe import Recipe
 from ensemerge.merge.staging import staged
 from ensemerge.merge.vocabulary import VocabularyPlan, tokenizers_agree
@@ -60,6 +60,8 @@ def plan_merge(recipe: Recipe, text: str, library: Library, options: Options) ->
     layout = expand(recipe, {name: model.names for name, model in models.items()}, methods)
     readers = {name: model.reader for name, model in models.items()}
     outputs = make_outputs(recipe, layout.tensors, readers, methods)
+    if isinstance(form, SafetensorsForm) and models[str(recipe.donor)].config is None:
+        outputs = tuple(with_tied(output, layout.ties) for output in outputs)
     if options.graph is not None:
         form, outputs = _into_graph(options.graph, models, outputs)
     extra = sum(form.extra_bytes(output) for output in outputs)

@@ -76,6 +76,7 @@ class Job:
     sources: tuple[Source, ...]
     origin: Source | None
     method: Method | None
+    drawn_as: str | None = None  # the name that random draws go by, where it is not the tensor's own
 
     @property
     def inputs(self) -> tuple[Source, ...]:
@@ -189,7 +190,7 @@ class _Run:
             if isinstance(total, int):
                 return None  # every block is copied: no one will ask
             finding = survey.conclude(total, numel, list(found))
-            if not hasattr(finding, "conclude"):
+            if not isinstance(finding, Survey):
                 return finding
             checked = checked or not isinstance(survey, SampledSurvey)
             survey = finding
@@ -237,7 +238,7 @@ class _Run:
         for stretch in cut.stretches(start, stop):
             if stretch.start // cut.block % every or (skip and (job.name, stretch.start) in self._copied):
                 continue
-            place = Place(job.name, stretch.start, job.info.numel, self._machine.device)
+            place = Place(job.drawn_as or job.name, stretch.start, job.info.numel, self._machine.device)
             models = [self._window(source, stretch) for source in job.inputs]
             base = models.pop() if job.origin else None
             yield Block(place, models, base, checked=checked)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -130,6 +130,7 @@ def is_finite(values: torch.Tensor) -> bool:
     return math.isfinite(float(flat.dot(flat))) or bool(torch.isfinite(flat).all())
 
 
+@runtime_checkable
 class Survey(Protocol):
     """A sum over blocks, and what follows from it. Surveys are values: equal ones of scope MODEL share one finding."""
 

@@ -87,6 +87,13 @@ def make_outputs(
     return tuple(outputs)
 
 
+def with_tied(output: Output, ties: Mapping[str, str]) -> Output:
+    """The output with a copy of each tied tensor under its own name: without a config.json no one knows of the tie."""
+    jobs = {job.name: job for job in output.jobs}
+    copies = [replace(jobs[kept], name=name, drawn_as=kept) for name, kept in ties.items() if kept in jobs]
+    return Output(output.folder, (*output.jobs, *(job for job in copies if job.name not in jobs)))
+
+
 def _task_names(tensors: Sequence[TensorRecipe]) -> list[str]:
     """A folder name for each model, told apart by number where the last parts of their paths are the same."""
     models = [contribution.model for contribution in tensors[0].contributions]
