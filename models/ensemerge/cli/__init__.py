@@ -19,6 +19,7 @@ SUMMARIES = {
     "demo": "the whole job once, on handwritten digits",
     "export": "bring a torch model into a repository, as ONNX",
     "label": "tell a server the truth about earlier answers",
+    "merge": "merge the weights of several models by a recipe",
     "serve": "serve a model repository over gRPC",
 }
 
