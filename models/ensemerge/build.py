@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
 from ensemerge import __version__
 from ensemerge.ensemble.combiners import COMBINERS, OUTPUT
@@ -122,7 +123,13 @@ def _merge(sources: Sequence[Source], recipe: Recipe, notify: Notify) -> ir.Mode
         raise InvalidSpec(f"'{recipe.method}' makes a model for each task; expected one model: use `ensemerge merge`")
     writer = MemoryWriter(outputs[0].layout)
     merge_weights(outputs[0].jobs, writer, notify=notify)
-    return with_weights(form.model, {name: to_array(tensor) for name, tensor in writer.tensors.items()})
+    merged = _with_tied(writer.tensors, readers[str(recipe.donor)].ties)
+    return with_weights(form.model, {name: to_array(tensor) for name, tensor in merged.items()})
+
+
+def _with_tied(tensors: Mapping[str, torch.Tensor], ties: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """Tied weights are merged once, under the name that is kept; the graph has a place for every name."""
+    return {**{name: tensors[kept] for name, kept in ties.items() if kept in tensors}, **tensors}
 
 
 def _build_ensemble(repository: Repository, spec: Spec, folder: Path, notify: Notify) -> Manifest:

@@ -66,9 +66,10 @@ class Fields:
         return rest
 
     def finish(self) -> None:
-        """Every key must have been asked for by now. Raises InvalidSpec for the first that was not."""
-        for key in self._left:
-            raise InvalidSpec(f"{self.where}: unknown key '{key}'; {suggest(str(key), self._asked)}")
+        """Every key must have been asked for by now. Raises InvalidSpec with a line for each that was not."""
+        lines = [f"{self.where}: unknown key '{key}'; {suggest(str(key), self._asked)}" for key in self._left]
+        if lines:
+            raise InvalidSpec("\n".join(lines))
 
     def _nearest_left(self, key: str) -> str:
         near = get_close_matches(key, [str(left) for left in self._left], n=1)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -263,7 +265,7 @@ def test_a_dry_run_tells_the_plan_and_does_nothing(family: Path) -> None:
     before = contents(family)
     done = run(family, TIES, "--out", "out", "--dry-run", "--memory", "2GiB")
     assert "unlike mergekit" in done.stdout
-    facts = json.loads(run(family, TIES, "--out", "out", "--dry-run", "--json").stdout)
+    (facts,) = json.loads(run(family, TIES, "--out", "out", "--dry-run", "--json").stdout)
     assert facts["outputs"][""]["tensors"] == len(read_checkpoint(family / "one"))
     assert facts["seconds"] > 0
     after = contents(family)
@@ -282,18 +284,110 @@ def test_a_method_for_each_task_makes_a_model_for_each(family: Path) -> None:
         assert float((own * made).sum()) > 0
 
 
+CHAIN = (
+    "name: inner\nmerge_method: linear\nmodels: [{model: one, parameters: {weight: 1}}, {model: two, parameters: "
+    "{weight: 1}}]\n---\nmerge_method: linear\nmodels: [{model: inner, parameters: {weight: 1}}, {model: base, "
+    "parameters: {weight: 1}}]\n"
+)
+
+
 def test_merges_of_one_file_use_each_other(family: Path) -> None:
-    recipe = (
-        "name: inner\nmerge_method: linear\nmodels: [{model: one, parameters: {weight: 1}}, "
-        "{model: two, parameters: {weight: 1}}]\n---\nmerge_method: linear\nmodels: [{model: inner, parameters: "
-        "{weight: 1}}, {model: base, parameters: {weight: 1}}]\n"
-    )
-    run(family, recipe, "--out", "out")
+    run(family, CHAIN, "--out", "out")
     inner, base, merged = (read_checkpoint(family / name) for name in ("out-parts/inner", "base", "out"))
     for name, tensor in merged.items():
-        torch.testing.assert_close(
-            tensor.float(), (inner[name].float() + base[name].float()) / 2, rtol=2**-7, atol=1e-6
-        )
+        expected = (inner[name].float() + base[name].float()) / 2
+        torch.testing.assert_close(tensor.float(), expected, rtol=2**-7, atol=1e-6)
+
+
+def test_what_stops_the_last_merge_of_a_file_is_told_before_the_first(family: Path) -> None:
+    assert "no model 'absent'" in refused(family, CHAIN.replace("model: base", "model: absent"))
+    (family / "out").mkdir()
+    assert "out exists" in run(family, CHAIN, "--out", "out", expect=1).stderr
+    assert not (family / "out-parts").exists()
+
+
+def test_a_part_that_another_recipe_made_is_not_used(family: Path) -> None:
+    run(family, CHAIN, "--out", "out")
+    error = run(
+        family, CHAIN.replace("model: two", "model: base"), "--out", "again", "--intermediate", "out-parts", expect=1
+    )
+    assert "made by another recipe" in error.stderr
+
+
+def test_a_dry_run_plans_what_can_be_planned(family: Path) -> None:
+    done = run(family, CHAIN, "--out", "out", "--dry-run", "--json")
+    assert len(json.loads(done.stdout)) == 1
+    assert "is planned when" in done.stderr
+
+
+@pytest.mark.parametrize("change", ["seed", "shards", "input"])
+def test_another_merge_does_not_go_on_from_a_killed_one(large: Path, tmp_path: Path, change: str) -> None:
+    inputs = tmp_path / "inputs"
+    shutil.copytree(large, inputs)
+    recipe = TIES.replace("ties", "dare_ties")
+    killed_in_the_middle(inputs, recipe, tmp_path / "out")
+    options = {"seed": ["--seed", "9"], "shards": ["--shard-size", "9MB"], "input": []}[change]
+    if change == "input":
+        file = next((inputs / "one").glob("*.safetensors"))
+        file.write_bytes(next((inputs / "two").glob(file.name)).read_bytes())
+    done = run(inputs, recipe, "--out", str(tmp_path / "out"), "--json", *options)
+    assert json.loads(done.stdout)["resumed_tensors"] == 0
+    run(inputs, recipe, "--out", str(tmp_path / "fresh"), *options)
+    fresh, out = contents(tmp_path / "fresh"), contents(tmp_path / "out")
+    assert {name for name in fresh if "safetensors" in name} == {name for name in out if "safetensors" in name}
+    assert all(fresh[name] == out[name] for name in fresh if "safetensors" in name)
+
+
+def test_a_merge_killed_among_several_outputs_goes_on(family: Path) -> None:
+    recipe = "merge_method: emr\nbase_model: base\nmodels: [{model: one}, {model: two}]\n"
+    run(family, recipe, "--out", "whole")
+    # As it is left where the first model is done, with all that goes beside it, and the second is not.
+    (family / "out").mkdir(parents=True)
+    (family / "out").rmdir()
+    with (
+        patch("ensemerge.merge.checkpoint.write_companions", side_effect=[(), KeyboardInterrupt]),
+        pytest.raises(AssertionError, match="interrupted"),
+    ):
+        run(family, recipe, "--out", "out")
+    (family / ".out.merging" / "one" / "README.md").write_text("half of")
+    run(family, recipe, "--out", "out")
+    whole, out = contents(family / "whole"), contents(family / "out")
+    assert whole == out
+
+
+@pytest.mark.parametrize(("place", "names"), [("one/deep", ("..", ".")), ("", ("base/../one", "./two/"))])
+def test_outputs_for_tasks_stay_in_the_folder(family: Path, place: str, names: tuple[str, str]) -> None:
+    write_checkpoint(family / "one" / "deep", llama(3, dtype=torch.bfloat16))
+    models = ", ".join(f"{{model: {name}}}" for name in names)
+    recipe = f"merge_method: emr\nbase_model: {family / 'base'}\nmodels: [{models}]\n"
+    before = contents(family)
+    run(family / place, recipe, "--out", str(family / "made"))
+    fresh = {name for name in contents(family) if name not in before and not name.endswith("/recipe.yaml")}
+    assert all(name.startswith("made/") for name in fresh - {"recipe.yaml"})
+    assert len(list((family / "made").iterdir())) == 2
+
+
+def test_a_folder_of_somebody_elses_is_not_emptied(family: Path) -> None:
+    (family / "precious").mkdir()
+    (family / "precious" / "thesis.txt").write_text("years")
+    (family / ".out.merging").symlink_to(family / "precious")
+    assert "no interrupted merge" in run(family, LINEAR, "--out", "out", expect=1).stderr
+    (family / ".out.merging").unlink()
+    (family / "precious").rename(family / ".out.merging")
+    assert "no interrupted merge" in run(family, LINEAR, "--out", "out", expect=1).stderr
+    assert (family / ".out.merging" / "thesis.txt").read_text() == "years"
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("float16", 65530.0), ("bfloat16", 3.4e38), ("float32", 1e300)])
+def test_a_number_beyond_the_output_is_refused(tmp_path: Path, dtype: str, value: float) -> None:
+    wide = torch.float64 if dtype == "float32" else torch.float32
+    write_checkpoint(tmp_path / "one", {"w": torch.tensor([1.0, value], dtype=wide)})
+    recipe = f"merge_method: linear\nmodels: [{{model: one, parameters: {{weight: 1}}}}]\nout_dtype: {dtype}\n"
+    assert "expected finite" in refused(tmp_path, recipe)
+    smaller = recipe.replace("weight: 1", "weight: 0.5")
+    write_checkpoint(tmp_path / "two", {"w": torch.tensor([1.0, 65510.0])})
+    run(tmp_path, smaller.replace("one", "two").replace(dtype, "float16"), "--out", "fits")
+    assert read_checkpoint(tmp_path / "fits")["w"].tolist() == [1.0, 65504.0]
 
 
 def test_tied_tensors_stay_tied_or_are_written_out(tmp_path: Path) -> None:

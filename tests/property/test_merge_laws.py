@@ -144,3 +144,30 @@ def test_one_model_is_itself(name: str, seed: int) -> None:
     model = random((4, 3), seed)
     merged = merge(name, [model], base_of(name, (4, 3), seed + 1), **parameters(name, **more))
     torch.testing.assert_close(merged, model, rtol=1e-5, atol=1e-6)
+
+
+LOW_RANK = [name for name in METHODS if name in {"tsv_m", "iso_c", "iso_cts", "knots_linear", "knots_ties"}]
+
+
+def low_rank(seed: int, rank: int = 2, shape: tuple[int, int] = (9, 8)) -> torch.Tensor:
+    left, right = random((shape[0], rank), seed, torch.float64), random((rank, shape[1]), seed + 1, torch.float64)
+    return left @ right
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=SEEDS, models=st.integers(1, 4))
+def test_tsv_of_an_adapter_with_itself_gives_it_back(seed: int, models: int) -> None:
+    # It holds where every task has room for all its directions: rank · models ≤ min(rows, columns).
+    adapter, base = low_rank(seed), torch.zeros(9, 8, dtype=torch.float64)
+    torch.testing.assert_close(merge("tsv_m", [adapter] * models, base), adapter, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", [name for name in LOW_RANK if name != "knots_ties"])
+@settings(max_examples=15, deadline=None)
+@given(seed=SEEDS, rows=st.permutations(range(9)), columns=st.permutations(range(8)))
+def test_permuted_adapters_give_the_permuted_merge(name: str, seed: int, rows: list[int], columns: list[int]) -> None:
+    adapters, base = [low_rank(seed + 2 * k) for k in range(3)], torch.zeros(9, 8, dtype=torch.float64)
+    more = {"common": 0.5} if name == "iso_cts" else {}
+    moved = merge(name, [a[rows][:, columns] for a in adapters], base, **parameters(name, **more))
+    expected = merge(name, adapters, base, **parameters(name, **more))[rows][:, columns]
+    torch.testing.assert_close(moved, expected, rtol=1e-6, atol=1e-7)

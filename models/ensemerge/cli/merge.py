@@ -12,13 +12,15 @@ from pathlib import Path
 
 import torch
 
-from ensemerge.errors import EnsemergeError, InvalidSpec
+from ensemerge.errors import EnsemergeError, InvalidData, InvalidSpec
 from ensemerge.merge.allocator import keep_freed_memory
 from ensemerge.merge.checkpoint import SHARD_BYTES, Merge, Options, Written, plan_merge, write_merge
+from ensemerge.merge.companions import RECIPE_FILE
 from ensemerge.merge.engine import Machine
 from ensemerge.merge.methods.table import METHODS
 from ensemerge.merge.opened import Library
 from ensemerge.merge.plan import MergePlan, peak_bytes, refuse_full_disk
+from ensemerge.merge.problems import Problems
 from ensemerge.merge.recipe import Recipe, parse_recipes
 from ensemerge.merge.sizes import parse_size, show_size
 from ensemerge.merge.staging import refuse_existing
@@ -46,30 +48,53 @@ def _run(options: argparse.Namespace) -> None:
     recipes = parse_recipes(text, str(options.recipe), METHODS)
     if options.seed is not None:
         recipes = [replace(recipe, seed=options.seed) for recipe in recipes]
-    made: dict[str, Path] = {}
+    parts = {recipe.name: _intermediate(options) / recipe.name for recipe in recipes if recipe.name is not None}
+    library = Library(options.recipe.absolute().parent, parts)
+    _refuse_beforehand(recipes, library, options, text)
+    plans: list[MergePlan] = []
     for recipe in recipes:
-        out = options.out if recipe.name is None else _intermediate(options) / recipe.name
-        if recipe.name is not None:
-            made[recipe.name] = out
-            if out.exists() and not options.dry_run:
-                print(f"{out} is there already, and used as it is", file=sys.stderr)
-                continue
-        _merge(recipe, text, Library(options.recipe.absolute().parent, dict(made)), out, options)
-
-
-def _merge(recipe: Recipe, text: str, library: Library, out: Path, options: argparse.Namespace) -> None:
-    began = time.perf_counter()
-    if not options.dry_run:
-        refuse_existing(out)
-    merge = plan_merge(recipe, text, library, _options(options))
+        out = options.out if recipe.name is None else parts[recipe.name]
+        if any(not parts[name].exists() for name in recipe.needs(list(parts))):
+            print(f"{recipe.name or out} is planned when the merges that it uses are there", file=sys.stderr)
+        elif out.exists():
+            print(f"{out} is there already, and used as it is", file=sys.stderr)
+        else:
+            plans += _merge(recipe, text, library, out, options)
     if options.dry_run:
-        _show(merge.plan, options.json)
-        return
+        _show(plans, options.json)
+
+
+def _refuse_beforehand(recipes: Sequence[Recipe], library: Library, options: argparse.Namespace, text: str) -> None:
+    """What would stop a later merge of the file, before the first begins. Raises InvalidSpec, InvalidData."""
+    problems = Problems()
+    if any(recipe.name is None for recipe in recipes):
+        refuse_existing(options.out)
+    for reference in (reference for recipe in recipes for reference in recipe.references()):
+        for path in filter(None, (reference.model, reference.lora)):
+            try:
+                library.path(path)
+            except EnsemergeError as error:
+                problems.add(str(error))
+    problems.raise_any()
+    for part in library.made.values():
+        kept = [file.read_text(encoding="utf-8") for file in (*part.glob(RECIPE_FILE), *part.glob(f"*/{RECIPE_FILE}"))]
+        if part.exists() and set(kept) != {text}:
+            raise InvalidData(f"{part} was made by another recipe; remove it, or choose another --intermediate")
+
+
+def _merge(
+    recipe: Recipe, text: str, library: Library, out: Path, options: argparse.Namespace
+) -> tuple[MergePlan, ...]:
+    """Plan a merge, and unless it is a dry run carry it out."""
+    began = time.perf_counter()
+    merge = plan_merge(recipe, text, library, _options(options))
     refuse_full_disk(merge.plan.outputs, out)
-    planned = time.perf_counter()
-    written = _write(merge, out)
-    seconds = {"plan_seconds": planned - began, "merge_seconds": time.perf_counter() - planned}
-    _report(merge.plan, out, written, seconds, as_json=options.json)
+    if not options.dry_run:
+        planned = time.perf_counter()
+        written = _write(merge, out)
+        seconds = {"plan_seconds": planned - began, "merge_seconds": time.perf_counter() - planned}
+        _report(merge.plan, out, written, seconds, as_json=options.json)
+    return (merge.plan,)
 
 
 def _write(merge: Merge, out: Path) -> Written:
@@ -83,16 +108,17 @@ def _write(merge: Merge, out: Path) -> Written:
         return write_merge(merge, out, notify)
 
 
-def _show(plan: MergePlan, as_json: bool) -> None:
+def _show(plans: Sequence[MergePlan], as_json: bool) -> None:
     from rich.console import Console
 
     from ensemerge.merge.estimate import estimate_seconds
     from ensemerge.report.merging import plan_facts, show_plan
 
-    seconds = estimate_seconds(plan)
+    estimated = [(plan, estimate_seconds(plan)) for plan in plans]
     if as_json:
-        print(json.dumps(plan_facts(plan, seconds), indent=2))
-    else:
+        print(json.dumps([plan_facts(plan, seconds) for plan, seconds in estimated], indent=2))
+        return
+    for plan, seconds in estimated:
         show_plan(plan, seconds, Console())
 
 

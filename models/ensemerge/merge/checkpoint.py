@@ -6,7 +6,7 @@ write_merge(plan, Path("merged"))
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from ensemerge.merge.methods.mergekit import DEVIATIONS, MERGEKIT
 from ensemerge.merge.methods.table import METHODS, MethodEntry
 from ensemerge.merge.naming import layer_counts
 from ensemerge.merge.opened import Library, OpenModel, cast_on_load, open_models, with_vocabulary
-from ensemerge.merge.plan import MergePlan, Output, fingerprint, fit, make_outputs, with_tied
+from ensemerge.merge.plan import MergePlan, Output, fingerprint, fit, make_outputs, shared_surveys, with_tied
 from ensemerge.merge.recipe import Recipe
 from ensemerge.merge.staging import staged
 from ensemerge.merge.vocabulary import VocabularyPlan, tokenizers_agree
@@ -46,7 +46,7 @@ class Merge:
     plan: MergePlan
     form: Form
     fingerprint: str
-    beside: Callable[[Path], Sequence[str]]  # writes the companions of the weights into a folder, returns remarks
+    beside: Callable[[Path, str], Sequence[str]]  # writes what goes beside a task's weights, returns remarks
 
 
 def plan_merge(recipe: Recipe, text: str, library: Library, options: Options) -> Merge:
@@ -66,9 +66,10 @@ def plan_merge(recipe: Recipe, text: str, library: Library, options: Options) ->
         form, outputs = _into_graph(options.graph, models, outputs)
     extra = sum(form.extra_bytes(output) for output in outputs)
     machine, memory = fit(outputs, readers.values(), options.machine, options.memory_bytes, extra)
-    plan = MergePlan(recipe.method, outputs, machine, memory, _notes(recipe, layout, models, vocabulary))
-    beside = _companions(recipe, text, models, layout, vocabulary)
-    return Merge(plan, form, fingerprint(recipe, outputs, (model.path for model in models.values())), beside)
+    plan = MergePlan(recipe.method, outputs, machine, memory, _notes(recipe, layout, outputs, models, vocabulary))
+    beside = _companions(recipe, text, models, library, outputs, layout, vocabulary)
+    settings = (type(form).__name__, options.shard_bytes, options.machine.device.type)
+    return Merge(plan, form, fingerprint(recipe, outputs, _files(models, options), *settings), beside)
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,17 @@ def write_merge(merge: Merge, out: Path, notify: Notify = silent) -> Written:
             folder = staging.folder / output.folder
             folder.mkdir(exist_ok=True)
             _write_output(merge, output, folder, staging.under(output.folder), notify)
-            remarks += merge.beside(folder)
+            remarks += merge.beside(folder, output.folder)
     return Written(list(dict.fromkeys(remarks)), staging.resumed)
+
+
+def _files(models: Mapping[str, OpenModel], options: Options) -> Iterator[Path]:
+    """Every file that decides what the merge becomes."""
+    for model in models.values():
+        yield from model.reader.files
+        yield from (file for file in model.folder.glob("*.json") if file.is_file())
+    if options.graph is not None:
+        yield options.graph
 
 
 def methods_of(recipe: Recipe) -> Mapping[str, MethodEntry]:
@@ -123,9 +133,15 @@ def _into_graph(
 
 
 def _notes(
-    recipe: Recipe, layout: Layout, models: Mapping[str, OpenModel], vocabulary: VocabularyPlan | None
+    recipe: Recipe,
+    layout: Layout,
+    outputs: Sequence[Output],
+    models: Mapping[str, OpenModel],
+    vocabulary: VocabularyPlan | None,
 ) -> tuple[str, ...]:
     notes = list(layout.notes)
+    if (groups := shared_surveys(outputs[:1])) > 1:
+        notes.append(f"parameters differ between tensors: {groups} groups are looked at apart, not the model as one")
     if recipe.compat is None and recipe.method in DEVIATIONS:
         notes.append(f"unlike mergekit: {DEVIATIONS[recipe.method]} (`compat: mergekit` gives its numbers)")
     if vocabulary is not None:
@@ -139,14 +155,23 @@ def _companions(
     recipe: Recipe,
     text: str,
     models: Mapping[str, OpenModel],
+    library: Library,
+    outputs: Sequence[Output],
     layout: Layout,
     vocabulary: VocabularyPlan | None,
-) -> Callable[[Path], Sequence[str]]:
+) -> Callable[[Path, str], Sequence[str]]:
     donor = models[str(recipe.donor)]
     counts = layer_counts(donor.reader.names)
-    facts = Facts(recipe.out_dtype or recipe.dtype, vocabulary, layout.layers, counts, layout.untied)
+    dtypes = {job.info.dtype for job in outputs[0].jobs if job.info.dtype.is_floating_point}
+    dtype = str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else recipe.out_dtype or recipe.dtype
+    facts = Facts(dtype, vocabulary, layout.layers, counts, layout.untied)
     folders = {name: model.folder for name, model in models.items()}
-    return lambda folder: write_companions(folder, recipe, text, donor.folder, folders, facts)
+    adapters = {str(ref.lora): library.path(ref.lora) for ref in recipe.references() if ref.lora is not None}
+
+    def write(folder: Path, task: str) -> Sequence[str]:
+        return write_companions(folder, recipe, text, donor.folder, folders, facts, task=task, adapters=adapters)
+
+    return write
 
 
 def _write_output(merge: Merge, output: Output, folder: Path, journal: Journal, notify: Notify) -> None:

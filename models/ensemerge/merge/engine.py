@@ -21,7 +21,19 @@ import torch
 
 from ensemerge.errors import InvalidModel
 from ensemerge.merge.blocks import Cut, Stretch, block_elements
-from ensemerge.merge.method import CPU, Block, Grain, Method, NotFinite, Place, SampledSurvey, Scope, Survey, is_finite
+from ensemerge.merge.method import (
+    CPU,
+    LARGEST,
+    Block,
+    Grain,
+    Method,
+    NotFinite,
+    Place,
+    SampledSurvey,
+    Scope,
+    Survey,
+    within,
+)
 from ensemerge.progress import Notify, silent
 from ensemerge.weights.reader import TensorInfo, WeightReader
 
@@ -122,10 +134,12 @@ def merge_weights(
         run = _Run(machine, pool, _Progress(jobs, notify))
         shared = _shared_findings(run, jobs)
         left = [job for job in jobs if not journal.holds(job.name)]
-        large = [job for job in left if run.is_large(job, left)]
+        share = sum(job.info.numel for job in left) // (4 * machine.threads)
+        large = [job for job in left if run.is_large(job, share)]
         for job in large:
             run.merge(job, shared, writer, journal, pool.submit)
-        small = sorted((job for job in left if job not in large), key=lambda job: -job.info.numel)
+        alone = {id(job) for job in left} - {id(job) for job in large}
+        small = sorted((job for job in left if id(job) in alone), key=lambda job: -job.info.numel)
         one = partial(run.merge_alone, findings=shared, writer=writer, journal=journal)
         _drain(_in_order(pool.submit, one, [(job,) for job in small], machine.threads))
 
@@ -156,10 +170,9 @@ class _Run:
         self._progress = progress
         self._copied: set[tuple[str, int]] = set()
 
-    def is_large(self, job: Job, jobs: Sequence[Job]) -> bool:
+    def is_large(self, job: Job, share: int) -> bool:
         """Whether a tensor would keep one worker busy after the others are done, so that all must share it."""
-        spans = len(list(self._cut(job).spans()))
-        return spans > 1 and job.info.numel * self._machine.threads > sum(other.info.numel for other in jobs) // 4
+        return job.info.numel > max(share, self._cut(job).span)
 
     def merge_alone(self, job: Job, findings: Mapping[int, list[Any]], writer: Writer, journal: Journal) -> None:
         """All that is left to do for one tensor, on this thread, once there is memory for it."""
@@ -218,14 +231,21 @@ class _Run:
         if (job.name, block.place.start) in self._copied:
             return block.raw(0).to(job.info.dtype)
         try:
-            merged = job.method.combine(block, found)
-            if not is_finite(merged):
-                block.check()
-                raise _too_large(job)
+            return self._rounded(job, block, job.method.combine(block, found))
         except NotFinite as error:
             self._copy_or_refuse(job, block, error)
             return block.raw(0).to(job.info.dtype)
-        return _rounded(job, merged)
+
+    def _rounded(self, job: Job, block: Block, merged: torch.Tensor) -> torch.Tensor:
+        """The one rounding, from float32 to the output's dtype. Raises InvalidModel where that cannot hold it."""
+        rounded = merged.to(job.info.dtype)
+        if within(merged, torch.finfo(job.info.dtype).max) or bool(torch.isfinite(rounded.to(merged.dtype)).all()):
+            return rounded
+        block.check()
+        raise InvalidModel(
+            f"merging '{job.name}' gives values that are not finite; expected finite weights, in a range that "
+            f"{job.info.dtype} holds"
+        )
 
     def _blocks(
         self, job: Job, start: int, stop: int, *, checked: bool, skip: bool = True, every: int = 1
@@ -252,14 +272,15 @@ class _Run:
         return window if len(stretch.shape) == 1 else window.reshape(stretch.shape)
 
     def _copy_or_refuse(self, job: Job, block: Block, error: NotFinite) -> None:
-        """A mask holds infinities, equal in all models: its block is copied. All else that is not finite is refused."""
-        if block.is_equal() and not bool(torch.isnan(block.raw(0)).any()):
+        """A mask is copied: zeros and infinities, or numbers as large, equal in all models. All else is refused."""
+        if block.is_equal() and _is_mask(block.raw(0)):
             self._copied.add((job.name, block.place.start))
             return
         source = job.origin if error.model is None else job.sources[error.model]
         assert source is not None  # only an origin that there is can hold NaN
         raise InvalidModel(
-            f"weight '{source.name}' of {source.model} holds NaN or infinity; expected finite numbers"
+            f"weight '{source.name}' of {source.model} holds NaN or infinity, or numbers beyond {LARGEST:g}; expected "
+            "finite numbers"
         ) from error
 
     def _cut(self, job: Job) -> Cut:
@@ -281,27 +302,19 @@ def _copied(job: Job, block: Block) -> torch.Tensor:
     return block.raw(0)
 
 
-def _rounded(job: Job, merged: torch.Tensor) -> torch.Tensor:
-    """The one rounding, from float32 to the output's dtype. Raises InvalidModel where that does not hold a value."""
-    most = torch.finfo(job.info.dtype).max
-    # Only a dtype that is narrower than float32 in its exponent can lose a number that is finite.
-    if most < torch.finfo(torch.bfloat16).max and float(merged.abs().amax()) > most:
-        raise _too_large(job)
-    return merged.to(job.info.dtype)
-
-
-def _too_large(job: Job) -> InvalidModel:
-    return InvalidModel(
-        f"merging '{job.name}' gives values that are not finite; expected finite weights, in a range that "
-        f"{job.info.dtype} holds"
-    )
+def _is_mask(values: torch.Tensor) -> bool:
+    """Whether all is zero, or beyond what can be squared. A method gives both back as they are, in equal models."""
+    wide = values.double()
+    return bool(((wide == 0) | (wide.abs() > LARGEST)).all())
 
 
 def worker_bytes(job: Job, machine: Machine) -> int:
     """What one worker holds at a time: a block's windows, its arrays in float32, and what it measures."""
     block = min(cut(job, machine).block, job.info.numel)
     wide = 8 if torch.float64 in {source.reader.info(source.name).dtype for source in job.inputs} else 4
-    return passed_bytes(job, block) + block * wide * job.arrays + len(job.surveys) * len(job.inputs) * SURVEY_BYTES
+    reading = max((source.reader.window_bytes(source.name, block) for source in job.inputs), default=0)
+    surveys = len(job.surveys) * len(job.inputs) * SURVEY_BYTES
+    return passed_bytes(job, block) + block * wide * job.arrays + reading + surveys
 
 
 class _Memory:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -61,9 +62,12 @@ def _small(job: Job) -> tuple[int, ...]:
     shape = job.info.shape
     if _is_matrix(job):
         return tuple(min(side, PROBE_SIDE) for side in shape)
-    rows = shape[0] if shape else 1
-    fewer = max(1, min(rows, PROBE_ELEMENTS * rows // max(job.info.numel, 1)))
-    return (fewer, *shape[1:]) if shape else ()
+    sides = list(shape)
+    while math.prod(sides) > PROBE_ELEMENTS:
+        # Fewer rows first, so that each stays as it is; where a single one is too long, a shorter one.
+        axis = 0 if sides[0] > 1 else sides.index(max(sides))
+        sides[axis] = max(1, PROBE_ELEMENTS * sides[axis] // math.prod(sides))
+    return tuple(sides)
 
 
 class _MadeUp:
@@ -72,6 +76,7 @@ class _MadeUp:
     ties: Mapping[str, str] = {}
     resident_bytes = 0
     names: Sequence[str] = ()
+    files: Sequence[Path] = ()
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         generator = torch.Generator(CPU).manual_seed(0)
@@ -91,6 +96,9 @@ class _MadeUp:
 
     def give_back(self, name: str, start: int, stop: int) -> None:
         pass
+
+    def window_bytes(self, name: str, elements: int) -> int:
+        return 0
 
 
 class _Nowhere:

@@ -136,7 +136,7 @@ class _Expansion:
                 tensors += self._of_slices(where, part, names) if part.slices else self._of_models(where, part, names)
         self._report()
         self._problems.raise_any()
-        ties = _ties(tensors, self._models)
+        ties = _ties(tensors, self._models, self._models[str(self._recipe.donor)])
         kept = tuple(tensor for tensor in tensors if tensor.name not in ties)
         if not kept:
             raise InvalidSpec("no tensor is left to merge; expected tensors of the same names in all models")
@@ -487,14 +487,25 @@ def _depth(name: str, counts: Mapping[str, int]) -> float:
     return layer.index / (count - 1) if count > 1 else 1.0
 
 
-def _ties(tensors: Sequence[TensorRecipe], models: Mapping[str, ModelNames]) -> dict[str, str]:
+def _ties(tensors: Sequence[TensorRecipe], models: Mapping[str, ModelNames], donor: ModelNames) -> dict[str, str]:
     """Tensors that are one and the same in every model that makes them: they stay one."""
     first: dict[tuple[tuple[str, str], ...], TensorRecipe] = {}
     ties: dict[str, str] = {}
+    # Who loads the merged model goes by the donor's config: a head that it calls the model's own is looked for.
+    own_head = config_value(donor.config, "tie_word_embeddings") is False
     for tensor in sorted(tensors, key=lambda tensor: is_head(tensor.name)):  # loaders look for the embedding
         key = tuple((one.model, models[one.model].ties.get(one.tensor, one.tensor)) for one in tensor.inputs)
         kept = first.setdefault(key, tensor)
-        # A layer that is used twice has equal inputs too, under equal names: two tensors, not a tie.
-        if all(one.tensor != other.tensor for one, other in zip(tensor.inputs, kept.inputs, strict=True)):
+        if kept is not tensor and _is_tie(tensor, kept) and not (own_head and is_head(tensor.name)):
             ties[tensor.name] = kept.name
     return ties
+
+
+def _is_tie(tensor: TensorRecipe, kept: TensorRecipe) -> bool:
+    """Of two tensors with equal inputs.
+
+    A layer that is used twice has equal inputs under equal names: two tensors, not a tie. But a head for which a
+    model's embedding stands in is tied in that model, as one that shares the embedding's memory is in another.
+    """
+    pairs = zip(tensor.inputs, kept.inputs, strict=True)
+    return is_head(tensor.name) or all(one.tensor != other.tensor for one, other in pairs)

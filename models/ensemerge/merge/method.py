@@ -18,6 +18,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 CPU = torch.device("cpu")
+# Weights beyond it are none: masks hold such numbers, or infinities, and sums of their squares have no end.
+LARGEST = 1e18
 
 
 class NotFinite(Exception):
@@ -106,7 +108,7 @@ class Block:
     def check(self) -> None:
         """Raises NotFinite where a model or the base holds NaN or infinity."""
         for k, model in [*enumerate(self._models), (None, self._base)]:
-            if model is not None and not is_finite(model.to(self._wide)):
+            if model is not None and not _is_finite(model.to(self._wide)):
                 raise NotFinite(k)
 
     def raw(self, k: int) -> torch.Tensor:
@@ -119,15 +121,20 @@ class Block:
         return all(torch.equal(self._models[0], other) for other in others)
 
     def _finite(self, values: torch.Tensor, model: int | None) -> torch.Tensor:
-        if not self._checked and not is_finite(values):
+        if not self._checked and not _is_finite(values):
             raise NotFinite(model)
         return values
 
 
-def is_finite(values: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite. A sum of squares tells in one quick pass, unless it overflows."""
+def _is_finite(values: torch.Tensor) -> bool:
+    """Whether no value is NaN, infinite, or so large that surveys could not square it."""
+    return within(values, LARGEST) or bool((values.abs() <= LARGEST).all())
+
+
+def within(values: torch.Tensor, most: float) -> bool:
+    """Whether surely no value is NaN or beyond `most`: one quick pass over their squares, which may say no wrongly."""
     flat = values.reshape(-1)
-    return math.isfinite(float(flat.dot(flat))) or bool(torch.isfinite(flat).all())
+    return math.sqrt(max(float(flat.dot(flat)), 0.0)) <= most  # NaN is not
 
 
 @runtime_checkable

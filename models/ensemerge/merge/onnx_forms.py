@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,14 +12,14 @@ import onnx_ir as ir
 import torch
 
 from ensemerge.errors import InvalidSpec, StructureMismatch
-from ensemerge.graph.files import load
-from ensemerge.graph.pairing import pair_weights
+from ensemerge.graph.files import load, named
+from ensemerge.graph.pairing import Pairs, pair_values, weights_among
 from ensemerge.graph.surgery import held_tensors
 from ensemerge.merge.opened import OpenModel
 from ensemerge.merge.plan import Output
 from ensemerge.merge.recipe import Recipe
 from ensemerge.weights.arrays import to_tensor
-from ensemerge.weights.onnx import OnnxWeights
+from ensemerge.weights.onnx import DTYPES, OnnxWeights
 from ensemerge.weights.onnx_writer import OnnxWriter
 from ensemerge.weights.reader import RenamedWeights, TensorInfo, WeightReader, read
 from ensemerge.weights.writer import MemoryWriter, TensorWriter
@@ -52,11 +53,36 @@ def pair_models(recipe: Recipe, models: Mapping[str, OpenModel]) -> tuple[OnnxFo
         )
     graphs = {name: load(_onnx_file(name, model)) for name, model in models.items()}
     donor = str(recipe.donor)
+    pairings = {name: _paired(donor, name, graphs) for name in graphs}
+    # One set for all: a Constant node of the donor equals itself, and only the other graphs tell that it is a weight.
+    weights = weights_among(graphs[donor], list(pairings.values()))
     paired = {}
     for name, model in models.items():
-        names = pair_weights(graphs[donor], graphs[name])
+        names = {named(weight): named(pairings[name][weight]) for weight in weights}
         paired[name] = replace(model, reader=RenamedWeights(model.reader, names))
+    _refuse_other_dtypes(recipe, paired[donor].reader)
     return OnnxForm(graphs[donor], _onnx_file(donor, models[donor])), paired
+
+
+def _paired(donor: str, name: str, graphs: Mapping[str, ir.Model]) -> Pairs:
+    try:
+        return pair_values(graphs[donor], graphs[name])
+    except StructureMismatch as error:
+        raise StructureMismatch(f"{donor} and {name}: {error}") from error
+
+
+def _refuse_other_dtypes(recipe: Recipe, reader: WeightReader) -> None:
+    """Raises InvalidSpec: the operators of a graph take weights of the dtype with which it was exported."""
+    wanted = recipe.out_dtype or recipe.dtype
+    held = {info.dtype for info in map(reader.info, reader.names) if info.dtype.is_floating_point}
+    if wanted is None or held <= {getattr(torch, wanted)}:
+        return
+    key = "out_dtype" if recipe.out_dtype else "dtype"
+    kept = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in held))
+    raise InvalidSpec(
+        f"`{key}: {wanted}`: a merge of ONNX models keeps the dtypes of its graph, expected {kept}; leave out `{key}`, "
+        "or export the models in that dtype"
+    )
 
 
 def _onnx_file(name: str, model: OpenModel) -> Path:
@@ -78,7 +104,7 @@ def into_graph(
     for name, source in models.items():
         try:
             spots = find_spots(model, source.reader, outputs[0].layout)
-        except (StructureMismatch, KeyError) as error:
+        except StructureMismatch as error:
             reasons.append(f"as an export of {name}: {error}")
             continue
         return GraphForm(model, path, spots), tuple(_in_dtypes_of(model, spots, output) for output in outputs)
@@ -123,7 +149,10 @@ class GraphForm:
         turned = [
             job.info.nbytes for job in output.jobs if any(spot.transposed for spot in self.spots.get(job.name, ()))
         ]
-        return 2 * sum(sorted(turned)[-8:])  # of those under way, each as it came and turned
+        # Each worker is at one tensor, which it holds as it came and turned. How many workers there will be is not
+        # settled yet: as many as there are cores, unless a person asks for more than can run at once.
+        cores = len(os.sched_getaffinity(0))
+        return 2 * sum(sorted(turned)[-cores:])
 
 
 def _laid(info: TensorInfo, spot: Spot) -> TensorInfo:
@@ -180,19 +209,37 @@ class _Placed:
 
 
 def find_spots(model: ir.Model, checkpoint: WeightReader, layout: Mapping[str, TensorInfo]) -> Spots:
-    """Where each tensor of a checkpoint lies in an export of it: told by name, or else by equal values.
+    """Where each tensor of a checkpoint lies in an export of it: told by name and values, or else by values alone.
 
     Exporters rename, transpose and copy weights, but the values of the model that was exported are there; `checkpoint`
-    is that model. Raises StructureMismatch where a floating tensor is nowhere in the graph, or where two could be
-    one weight.
+    is that model. Weights of the graph that are none of its tensors have no spot. Raises StructureMismatch where a
+    weight has the name of a tensor and other values, where a floating tensor is nowhere in the graph, or where two
+    could be one weight.
     """
+    _refuse_lacking(checkpoint, layout)
     weights = held_tensors(model)
-    spots = {name: [Spot(name)] for name, info in layout.items() if name in weights and _fits(weights[name], info)}
+    named_alike = {name: _spot_by_name(checkpoint, name, weights[name]) for name in layout if name in weights}
+    spots = {name: [spot] for name, spot in named_alike.items() if spot is not None}
     by_name = set(spots)
     for weight, tensor in weights.items():
         if weight not in by_name and tensor.dtype.is_floating_point() and len(tensor.shape):
             found = {name: turned for name in layout if (turned := _match(checkpoint, name, tensor)) is not None}
             _assign(spots, weight, found, by_name)
+    _refuse_missing(spots, layout)
+    return spots
+
+
+def _refuse_lacking(checkpoint: WeightReader, layout: Mapping[str, TensorInfo]) -> None:
+    """Raises StructureMismatch: what the values of a merged tensor were before cannot be looked up."""
+    lacking = sorted(layout.keys() - set(checkpoint.names))
+    if lacking:
+        raise StructureMismatch(
+            f"the model lacks {len(lacking)} of the merged tensors ({', '.join(lacking[:3])}); expected a model with "
+            "all of them"
+        )
+
+
+def _refuse_missing(spots: Spots, layout: Mapping[str, TensorInfo]) -> None:
     missing = [
         name for name, info in layout.items() if name not in spots and info.dtype.is_floating_point and info.numel
     ]
@@ -201,7 +248,25 @@ def find_spots(model: ir.Model, checkpoint: WeightReader, layout: Mapping[str, T
             f"the graph holds no weight with the values of {', '.join(missing[:3])} ({len(missing)} in all); expected "
             "an export of one of the recipe's models, in which nothing was folded: export it again without optimisation"
         )
-    return spots
+
+
+def _spot_by_name(checkpoint: WeightReader, name: str, tensor: ir.TensorProtocol) -> Spot | None:
+    """Where a weight has a tensor's name; None where it is something else. Raises StructureMismatch."""
+    info = checkpoint.info(name)
+    if not _ways(info, tensor) or info.dtype.is_floating_point != tensor.dtype.is_floating_point():
+        return None
+    same_shape = tuple(tensor.shape) == info.shape
+    if not info.dtype.is_floating_point:
+        return Spot(name) if same_shape and DTYPES.get(tensor.dtype) == info.dtype else None
+    if not info.numel:
+        return Spot(name) if same_shape else None
+    turned = _match(checkpoint, name, tensor)
+    if turned is None:  # equal names of other networks are no reason to trust the graph
+        raise StructureMismatch(
+            f"the graph's weight '{name}' has other values than the model's tensor of that name; expected an export of "
+            "one of the recipe's models, made from the same weights"
+        )
+    return Spot(name, turned)
 
 
 def _assign(spots: dict[str, list[Spot]], weight: str, found: Mapping[str, bool], by_name: set[str]) -> None:
@@ -216,24 +281,43 @@ def _assign(spots: dict[str, list[Spot]], weight: str, found: Mapping[str, bool]
         spots.setdefault(name, []).append(Spot(weight, found[name]))
 
 
-def _fits(tensor: ir.TensorProtocol, info: TensorInfo) -> bool:
-    return tuple(tensor.shape) == info.shape
+def _ways(info: TensorInfo, tensor: ir.TensorProtocol) -> list[bool]:
+    """In which ways a weight could be a tensor, by its shape: as it is (False), transposed (True)."""
+    shape = tuple(tensor.shape)
+    ways = [False] if shape == info.shape else []
+    return [*ways, True] if len(shape) == 2 and shape == info.shape[::-1] else ways
 
 
 def _match(checkpoint: WeightReader, name: str, tensor: ir.TensorProtocol) -> bool | None:
-    """Whether a weight holds the values of a tensor, and then whether transposed; None where it does not."""
-    info, shape = checkpoint.info(name), tuple(tensor.shape)
-    ways = [turned for turned in (False, True) if shape == (info.shape[::-1] if turned else info.shape)]
-    if not ways or (ways == [True] and len(shape) != 2) or not info.dtype.is_floating_point:
+    """Whether a weight holds the values of a tensor, and then whether transposed; None where it does not.
+
+    Raises StructureMismatch where nobody can tell: a matrix of zeros is its own transposed.
+    """
+    info = checkpoint.info(name)
+    ways = _ways(info, tensor)
+    if not ways or not info.numel or not info.dtype.is_floating_point:
         return None
     held = to_tensor(tensor.numpy())
-    few = min(info.shape[-1], 64)
-    begin = checkpoint.window(name, 0, few).to(held.dtype)
-    for turned in ways:
-        seen = held.T if turned and held.ndim == 2 else held
-        # Most tensors of one shape differ in the first few values already.
-        if torch.equal(seen.reshape(-1, info.shape[-1])[0, :few], begin) and torch.equal(
-            seen, read(checkpoint, name).to(held.dtype)
-        ):
-            return turned and held.ndim == 2
-    return None
+    dtype = min(held.dtype, info.dtype, key=lambda one: one.itemsize)  # what both hold: either may have been rounded
+    held = held.to(dtype)
+    begin = checkpoint.window(name, 0, min(_columns(info), 64)).to(dtype)
+    ways = [turned for turned in ways if _begins(held.T if turned else held, begin)]
+    # Most tensors of one shape differ in the first few values already, and need not be read.
+    whole = read(checkpoint, name).to(dtype) if ways else held
+    ways = [turned for turned in ways if torch.equal(held.T if turned else held, whole)]
+    if len(ways) > 1 and info.numel > 1:
+        raise StructureMismatch(
+            f"'{name}' has the same values when it is transposed, so the graph does not tell which way it is kept; "
+            "export another one of the models"
+        )
+    return ways[0] if ways else None
+
+
+def _columns(info: TensorInfo) -> int:
+    return info.shape[-1] if info.shape else 1
+
+
+def _begins(held: torch.Tensor, begin: torch.Tensor) -> bool:
+    """Whether the first row of a tensor begins with some values."""
+    row = held.reshape(1) if not held.ndim else held[(0,) * (held.ndim - 1)]
+    return torch.equal(row[: len(begin)], begin)

@@ -12,15 +12,18 @@ from pathlib import Path
 
 import torch
 
+from ensemerge import __version__
 from ensemerge.errors import EnsemergeError, InvalidSpec
 from ensemerge.merge.draws import KeyedDraws
 from ensemerge.merge.engine import Job, Machine, Source, read_bytes, worker_bytes
 from ensemerge.merge.layout import Contribution, TensorRecipe
-from ensemerge.merge.method import Grain, Method
+from ensemerge.merge.method import Grain, Method, Scope
 from ensemerge.merge.methods.table import MethodEntry, Settings
-from ensemerge.merge.problems import Problems
+from ensemerge.merge.problems import Problems, few
 from ensemerge.merge.recipe import Recipe
 from ensemerge.merge.sizes import show_size
+from ensemerge.merge.staging import JOURNAL, staged_bytes
+from ensemerge.repository import is_name
 from ensemerge.weights.reader import TensorInfo, WeightReader
 
 # What Python and torch take beyond what they had when the plan was made: code paged in, the allocator's slack.
@@ -87,6 +90,12 @@ def make_outputs(
     return tuple(outputs)
 
 
+def shared_surveys(outputs: Sequence[Output]) -> int:
+    """How many groups of tensors there are that are surveyed together, as one model."""
+    jobs = [job for output in outputs for job in output.jobs]
+    return len({tuple(job.surveys) for job in jobs if any(survey.scope is Scope.MODEL for survey in job.surveys)})
+
+
 def with_tied(output: Output, ties: Mapping[str, str]) -> Output:
     """The output with a copy of each tied tensor under its own name: without a config.json no one knows of the tie."""
     jobs = {job.name: job for job in output.jobs}
@@ -97,7 +106,9 @@ def with_tied(output: Output, ties: Mapping[str, str]) -> Output:
 def _task_names(tensors: Sequence[TensorRecipe]) -> list[str]:
     """A folder name for each model, told apart by number where the last parts of their paths are the same."""
     models = [contribution.model for contribution in tensors[0].contributions]
-    names = [model.rstrip("/").split("/")[-1].split("@")[0].split("+")[0] for model in models]
+    last = [model.rstrip("/").split("/")[-1].split("@")[0].split("+")[0] for model in models]
+    # A name such as `..` would lead out of the folder.
+    names = [name if is_name(name) and name != JOURNAL else "task" for name in last]
     return names if len(set(names)) == len(names) else [f"{name}-{k + 1}" for k, name in enumerate(names)]
 
 
@@ -113,13 +124,14 @@ class _JobMaker:
 
     def jobs(self, tensors: Sequence[TensorRecipe], task: int | None) -> tuple[Job, ...]:
         found: list[Job] = []
+        wrong: dict[str, list[str]] = {}
         for tensor in tensors:
             try:
-                job = self._job(tensor, task)
+                found.append(self._job(tensor, task))
             except EnsemergeError as error:
-                self.problems.add(f"tensor '{tensor.name}': {error}")
-            else:
-                found.append(job)
+                wrong.setdefault(str(error), []).append(f"'{tensor.name}'")
+        for message, names in wrong.items():
+            self.problems.add(f"{few(names)}: {message}")
         return tuple(found)
 
     def _job(self, tensor: TensorRecipe, task: int | None) -> Job:
@@ -177,7 +189,7 @@ def fit(
     streamed = max((need for need, job in zip(needs, jobs, strict=True) if not _is_whole(job)), default=1)
     greatest = max(needs, default=0)
     if memory_bytes is None:
-        return machine, resident + max(greatest, streamed * machine.threads)
+        return machine, resident + max(sum(sorted(needs)[-machine.threads :]), streamed * machine.threads)
     working = memory_bytes - resident
     if working < greatest:
         hungry = jobs[needs.index(greatest)].name
@@ -185,7 +197,7 @@ def fit(
             f"--memory {show_size(memory_bytes)} is too little: {show_size(resident)} are taken before the first "
             f"tensor, and '{hungry}' needs {show_size(greatest)}; give at least {show_size(resident + greatest)}"
         )
-    threads = max(1, min(machine.threads, working // streamed))
+    threads = max(1, min(machine.threads, working // max(streamed, 1)))
     return replace(machine, threads=threads, working_bytes=working), memory_bytes
 
 
@@ -207,16 +219,27 @@ def peak_bytes() -> int:
 
 
 def refuse_full_disk(outputs: Sequence[Output], out: Path) -> None:
-    """Raises InvalidSpec where the disk has no room for the merged model."""
+    """Raises InvalidSpec where the disk has no room for the merged model, or for what an interrupted try left to do."""
     parent = next(folder for folder in out.absolute().parents if folder.exists())
-    needed, free = sum(output.nbytes for output in outputs), shutil.disk_usage(parent).free
+    needed = sum(output.nbytes for output in outputs)
+    free = shutil.disk_usage(parent).free + staged_bytes(out)
     if needed > free:
         raise InvalidSpec(f"the merged model takes {show_size(needed)}, {parent} has {show_size(free)} free")
 
 
-def fingerprint(recipe: Recipe, outputs: Sequence[Output], files: Iterable[Path]) -> str:
-    """One text for one merge: the recipe, the tensors, and every input file's size and time of change."""
-    stamps = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(set(files))]
+def fingerprint(recipe: Recipe, outputs: Sequence[Output], files: Iterable[Path], *settings: object) -> str:
+    """One text for one merge: all that decides its bytes.
+
+    That is the recipe and its seed, the tensors, every input file's size and time of change, the `settings` under which
+    it runs, and the version of this library.
+    """
     tensors = [(output.folder, job.name, _kind(job.info)) for output in outputs for job in output.jobs]
-    text = json.dumps([recipe.body, stamps, tensors], default=str, sort_keys=True)
+    stamps = [stamp(file) for file in sorted({file.resolve() for file in files})]
+    text = json.dumps([__version__, recipe.body, recipe.seed, stamps, tensors, settings], default=str, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def stamp(file: Path) -> tuple[str, int, int]:
+    """What changes when a file does."""
+    status = file.stat()
+    return str(file), status.st_size, status.st_mtime_ns

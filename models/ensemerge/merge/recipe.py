@@ -330,15 +330,12 @@ class _Parser:
     def _settings(self, fields: Fields, where: str) -> Settings:
         """Parameters that hold for all models: any of the method's."""
         with self._problems.gathered():
-            body = dict(fields.take("parameters", dict, None) or {})
-            # mergekit takes it for every method; it says how masks are stored there, and changes no number.
-            checked(body.pop("int8_mask", False), bool, f"{where}: parameters: 'int8_mask'")
-            return parse_settings(body, f"{where}: parameters", self._declared)
+            return parse_settings(_parameters(fields, where), f"{where}: parameters", self._declared)
         return {}
 
     def _own_settings(self, fields: Fields, where: str) -> Settings:
         """Parameters of one model: those that the method has for each."""
-        body = fields.take("parameters", dict, None) or {}
+        body = _parameters(fields, where)
         if self._declared is None:
             return parse_settings(body, f"{where}: parameters", None)
         own = [declaration for declaration in self._declared if declaration.per_model]
@@ -411,6 +408,13 @@ class _Parser:
         with self._problems.gathered():
             return fields.take(key, kind, None)
         return None
+
+
+def _parameters(fields: Fields, where: str) -> dict[Any, Any]:
+    body = dict(fields.take("parameters", dict, None) or {})
+    # mergekit takes it for every method; it says how masks are stored there, and changes no number.
+    checked(body.pop("int8_mask", False), bool, f"{where}: parameters: 'int8_mask'")
+    return body
 
 
 def _layer_range(value: list[Any], where: str) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from ensemerge.errors import InvalidSpec
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+LARGEST = 2**63  # bytes, which no file and no memory has
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 
 
@@ -17,7 +18,10 @@ def parse_size(text: str, what: str) -> int:
     unit = match[2].upper() if match else None
     if match is None or unit not in _UNITS:
         raise InvalidSpec(f"{what}: '{text}' is no size; expected a number and a unit, such as 512MiB or 5GB")
-    return int(float(match[1]) * _UNITS[unit])
+    size = float(match[1]) * _UNITS[unit]  # infinite where the number has more digits than a float holds
+    if size > LARGEST:
+        raise InvalidSpec(f"{what}: '{text:.40}' is more than any machine has; expected a size such as 512MiB or 5GB")
+    return int(size)
 
 
 def show_size(size: float) -> str:

@@ -21,6 +21,9 @@ from typing import IO
 from ensemerge.errors import InvalidData
 
 JOURNAL = "merge.journal"
+# What a merge goes on from; all else in the folder is small, and written last.
+WEIGHTS = (".safetensors", ".onnx.data")
+NAME_BYTES = 255
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -72,30 +75,68 @@ def staged(out: Path, fingerprint: str) -> Iterator[Staging]:
     """A folder that becomes `out` when the block ends well. `fingerprint` tells one merge from another.
 
     After an error the folder goes; after an interruption it stays, for the same merge to go on. Raises InvalidData
-    where `out` exists, where another process is at it, and for a full disk.
+    where `out` exists, where another process is at it, where something else has the folder's name, for a full disk.
     """
     refuse_existing(out)
-    folder = out.parent / f".{out.name}.merging"
+    folder = aside(out)
+    made = [parent for parent in folder.parents if not parent.exists()]
+    _refuse_foreign(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / JOURNAL).open("a+", encoding="utf-8") as journal:
+    with _open_journal(folder) as journal:
         _hold(journal, out)
         staging = Staging(folder, journal, _begin(journal, f"{fingerprint} {_boot()}"))
-        if not staging.resumed:
-            _clear(folder)
+        _clear(folder, WEIGHTS if staging.resumed else ())
         try:
             yield staging
-            (folder / JOURNAL).unlink()
-            refuse_existing(out)
-            folder.rename(out)
         except Exception as error:
             shutil.rmtree(folder)
+            _remove_empty(made)
             if isinstance(error, OSError):
                 raise InvalidData(f"cannot write {out}: {error.strerror}; nothing was left behind") from error
             raise
+        refuse_existing(out)  # what another program put there meanwhile stays, and so does the merge, aside
+        folder.rename(out)
+        (out / JOURNAL).unlink()
+
+
+def aside(out: Path) -> Path:
+    """Where a merge is made that will be `out`."""
+    return out.parent / f".{out.name}.merging"
+
+
+def staged_bytes(out: Path) -> int:
+    """What an interrupted merge already takes on the disk."""
+    folder = aside(out)
+    return sum(file.lstat().st_blocks * 512 for file in folder.rglob("*")) if folder.is_dir() else 0
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raises InvalidData where the folder aside is none of ours: it would be emptied."""
+    there = folder.is_symlink() or folder.exists()
+    if there and (folder.is_symlink() or not folder.is_dir() or (_listed(folder) and not (folder / JOURNAL).is_file())):
+        raise InvalidData(f"{folder} is no interrupted merge; move it away, or choose another --out")
+
+
+def _listed(folder: Path) -> list[Path]:
+    return list(folder.iterdir())
+
+
+def _open_journal(folder: Path) -> IO[str]:
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.fdopen(os.open(folder / JOURNAL, flags, 0o666), "a+", encoding="utf-8")
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """The parents that were made for a merge that failed, the innermost first."""
+    for folder in folders:
+        if folder.is_dir() and not _listed(folder):
+            folder.rmdir()
 
 
 def refuse_existing(out: Path) -> None:
     """Raises InvalidData where something stands under the final name: a merge never overwrites."""
+    if len(os.fsencode(aside(out).name)) > NAME_BYTES:
+        raise InvalidData(f"{out.name} is too long for the name of a folder; expected {NAME_BYTES - 9} bytes at most")
     if out.exists() or out.is_symlink():
         raise InvalidData(f"{out} exists; expected a new folder. Remove it, or choose another --out")
 
@@ -120,12 +161,14 @@ def _begin(journal: IO[str], fingerprint: str) -> set[str]:
     return set()
 
 
-def _clear(folder: Path) -> None:
-    """Remove what another merge left."""
+def _clear(folder: Path, kept: tuple[str, ...]) -> None:
+    """Remove what another merge left; of this one, what goes beside the weights, which is written anew."""
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        elif entry.name != JOURNAL:
+            _clear(entry, kept)
+            if not _listed(entry):
+                entry.rmdir()
+        elif entry.name != JOURNAL and not entry.name.endswith(kept or ("\0",)):
             entry.unlink()
 
 

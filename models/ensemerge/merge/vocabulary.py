@@ -7,6 +7,7 @@ else the only owner's, else the mean of its owners' rows: the rule of mergekit, 
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,8 @@ class VocabularyPlan:
     tokenizer_folder: Path  # whose tokenizer files go beside the merged weights
     tokenizer_json: str | None = None  # the content of tokenizer.json where it is not that folder's
     notes: tuple[str, ...] = ()
+    # For each row of the donor's table the id that its token has now, -1 where it is gone; None where all stay.
+    donor_ids: Sequence[int] | None = None
 
 
 def model_vocabulary(
@@ -255,7 +258,18 @@ class _Union:
         self._problems.raise_any()
         tensors = {model: vocabulary.tensors for model, vocabulary in self._models.items()}
         document = json.dumps(_with_added(given.document, added), ensure_ascii=False, indent=2) if added else None
-        return VocabularyPlan(size, rows, tensors, self._folder, document, self._notes(ids, size, added))
+        notes = self._notes(ids, size, added)
+        return VocabularyPlan(size, rows, tensors, self._folder, document, notes, self._donor_ids(ids, size))
+
+    def _donor_ids(self, ids: Mapping[str, int], size: int) -> Sequence[int] | None:
+        rows = self._models[self._donor].rows
+        known = {token: row for token, row in self._ids[self._donor].ids.items() if row < rows}
+        # Padding keeps its number, unless a token has that now.
+        taken = set(ids.values()) | set(known.values())
+        moved = [-1 if row in taken or row >= size else row for row in range(rows)]
+        for token, row in known.items():
+            moved[row] = ids.get(token, moved[row])
+        return None if moved == list(range(rows)) else array("q", moved)
 
     def _output_ids(self, given: Tokenizer) -> tuple[dict[str, int], list[dict[str, Any]]]:
         """The id of each output token, and those that the given tokenizer does not have."""

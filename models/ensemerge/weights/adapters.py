@@ -19,7 +19,7 @@ import torch
 
 from ensemerge.errors import InvalidData
 from ensemerge.fields import suggest
-from ensemerge.weights.reader import TensorInfo, WeightReader, check_stretch, rows_of
+from ensemerge.weights.reader import TensorInfo, WeightReader, check_stretch, most_rows, rows_of
 from ensemerge.weights.safetensors import ADAPTER_FILE, SafetensorsWeights
 from ensemerge.weights.shards import read_json
 from ensemerge.weights.torch_files import TorchWeights
@@ -36,6 +36,8 @@ EMBEDDING_PAIR = ("lora_embedding_A", "lora_embedding_B")
 # same on every run while torch multiplies in one thread (`torch.set_num_threads(1)`, as a merge does): with more, the
 # library beneath it cuts a product up in another way.
 TILE_ELEMENTS = 1 << 17
+# What a library of linear algebra keeps for a thread to lay matrices out anew: 3 MiB in MKL, whatever their size.
+LIBRARY_BYTES = 4 << 20
 
 # What the sum W + s·B·A does not say, or says of another W than the base model's.
 _OTHER_MATHS = (
@@ -97,7 +99,8 @@ class AdaptedWeights:
     """
 
     def __init__(self, base: WeightReader, adapter: Path) -> None:
-        config = read_config(adapter / CONFIG)
+        self._config = adapter / CONFIG
+        config = read_config(self._config)
         self._base = base
         self._known = set(base.names)
         self._adapter = _open_adapter(adapter)
@@ -164,6 +167,10 @@ class AdaptedWeights:
     def resident_bytes(self) -> int:
         return self._base.resident_bytes + self._adapter.resident_bytes
 
+    @property
+    def files(self) -> Sequence[Path]:
+        return [*self._base.files, self._config, *self._adapter.files]
+
     def info(self, name: str) -> TensorInfo:
         own = self._base.info(name)
         if name in self._replaced:
@@ -173,7 +180,8 @@ class AdaptedWeights:
     def window(self, name: str, start: int, stop: int) -> torch.Tensor:
         name = self._ties.get(name, name)
         check_stretch(name, self.info(name), start, stop)
-        weights = self._unadapted(name, start, stop)
+        reader, stored = self._stored(name)
+        weights = reader.window(stored, start, stop)
         if name in self._deltas:
             return self._add_product(weights, name, start, stop)
         if name in self._biases:
@@ -183,45 +191,88 @@ class AdaptedWeights:
         return weights.to(self.info(name).dtype)
 
     def give_back(self, name: str, start: int, stop: int) -> None:
-        name = self._ties.get(name, name)
-        if name in self._replaced:
-            self._adapter.give_back(self._replaced[name], start, stop)
-        else:
-            self._base.give_back(name, start, stop)
+        reader, stored = self._stored(self._ties.get(name, name))
+        reader.give_back(stored, start, stop)
 
-    def _unadapted(self, name: str, start: int, stop: int) -> torch.Tensor:
+    def window_bytes(self, name: str, elements: int) -> int:
+        name = self._ties.get(name, name)
+        reader, stored = self._stored(name)
+        read = elements * reader.info(stored).dtype.itemsize
+        beside = reader.window_bytes(stored, elements)
+        if name in self._deltas:
+            return beside + read + self._product_bytes(name, elements)
+        if name in self._biases:
+            bias, _ = self._biases[name]
+            beside += elements * self._adapter.info(bias).dtype.itemsize + self._adapter.window_bytes(bias, elements)
+            return beside + read + 2 * elements * torch.float32.itemsize
+        return beside + (0 if reader.info(stored).dtype == self.info(name).dtype else read)
+
+    def _stored(self, name: str) -> tuple[WeightReader, str]:
+        """Where a tensor lies before anything is added to it, and its name there."""
         if name in self._replaced:
-            return self._adapter.window(self._replaced[name], start, stop)
-        return self._base.window(name, start, stop)
+            return self._adapter, self._replaced[name]
+        return self._base, name
 
     def _add_product(self, weights: torch.Tensor, name: str, start: int, stop: int) -> torch.Tensor:
         info, delta = self.info(name), self._deltas[name]
         first, end, columns = rows_of(info, start, stop)
         step = max(1, TILE_ELEMENTS // columns)
-        wide = torch.float64 if info.dtype == torch.float64 else torch.float32
-        right = self._matrix(delta.right, delta.transposed).to(wide)
+        top, bottom = first // step * step, min(-(-end // step) * step, info.shape[0])
+        left, right = self._left(delta, top, bottom, _wide(info)), self._right(delta, _wide(info))
         adapted = torch.empty(stop - start, dtype=info.dtype)
-        for row in range(first // step * step, end, step):
-            product = self._left_rows(delta, row, min(row + step, info.shape[0])).to(wide) @ right
+        for row in range(top, bottom, step):
+            # Copied: where a matrix begins in memory must not depend on the window, a library's sums may.
+            product = left[row - top : row - top + step].clone() @ right
             low, high = max(start, row * columns), min(stop, row * columns + product.numel())
             # Product and sum are rounded one after the other: one fused operation would depend on the window's end.
             flat = product.view(-1)[low - row * columns : high - row * columns].mul_(delta.scale)
-            adapted[low - start : high - start] = flat.add_(weights[low - start : high - start].to(wide))
+            adapted[low - start : high - start] = flat.add_(weights[low - start : high - start].to(flat.dtype))
         self._adapter.give_back(delta.right, 0, self._adapter.info(delta.right).numel)
         return adapted
 
-    def _left_rows(self, delta: Delta, first: int, end: int) -> torch.Tensor:
-        """`(end − first, r)`, copied."""
-        matrix = self._matrix(delta.left, delta.transposed)
-        rows = matrix[first:end].clone(memory_format=torch.contiguous_format)
-        self._adapter.give_back(delta.left, 0, matrix.numel())
+    def _left(self, delta: Delta, first: int, end: int, dtype: torch.dtype) -> torch.Tensor:
+        """Rows `first:end` of the left factor, `(end − first, r)`, copied; nothing else of it is read."""
+        shape = self._adapter.info(delta.left).shape
+        rank = shape[0] if delta.transposed else shape[1]
+        rows = torch.empty((end - first, rank), dtype=dtype)
+        if not delta.transposed:
+            rows.view(-1).copy_(self._adapter.window(delta.left, first * rank, end * rank))
+            self._adapter.give_back(delta.left, first * rank, end * rank)
+            return rows
+        for i in range(rank):
+            start, stop = i * shape[1] + first, i * shape[1] + end
+            rows[:, i] = self._adapter.window(delta.left, start, stop)
+            self._adapter.give_back(delta.left, start, stop)
         return rows
 
-    def _matrix(self, tensor: str, transposed: bool) -> torch.Tensor:
-        """A or B as a matrix; a convolution's kernel is part of its columns."""
-        info = self._adapter.info(tensor)
-        matrix = self._adapter.window(tensor, 0, info.numel).view(info.shape[0], -1)
-        return matrix.T if transposed else matrix
+    def _right(self, delta: Delta, dtype: torch.dtype) -> torch.Tensor:
+        """The right factor, `(r, columns)`; a convolution's kernel is part of its columns."""
+        info = self._adapter.info(delta.right)
+        matrix = self._adapter.window(delta.right, 0, info.numel).view(info.shape[0], -1)
+        return (matrix.T if delta.transposed else matrix).to(dtype)
+
+    def _product_bytes(self, name: str, elements: int) -> int:
+        """What `_add_product` holds: both factors as they are read and as they are multiplied, and a tile."""
+        info, delta = self.info(name), self._deltas[name]
+        left, right = self._adapter.info(delta.left), self._adapter.info(delta.right)
+        wide = _wide(info).itemsize
+        touched, columns = most_rows(info, elements)
+        step = max(1, TILE_ELEMENTS // columns)
+        rows = min(touched + 2 * (step - 1), info.shape[0])
+        rank = left.shape[0] if delta.transposed else left.shape[1]
+        at_once = rows if delta.transposed else rows * rank
+        # The one is read and laid out in the wide dtype before the other is read.
+        reading_left = at_once * left.dtype.itemsize + self._adapter.window_bytes(delta.left, at_once)
+        reading_right = right.numel * (right.dtype.itemsize + wide) + self._adapter.window_bytes(
+            delta.right, right.numel
+        )
+        tile = min(step, rows) * (rank + 2 * columns) * wide
+        return rows * rank * wide + max(reading_left, reading_right + tile) + LIBRARY_BYTES
+
+
+def _wide(info: TensorInfo) -> torch.dtype:
+    """The dtype in which a product is made."""
+    return torch.float64 if info.dtype == torch.float64 else torch.float32
 
 
 def read_config(path: Path) -> LoraConfig:

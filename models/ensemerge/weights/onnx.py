@@ -63,7 +63,8 @@ class OnnxWeights:
         self._placed: dict[str, _Place] = {}
         self._arrays: dict[str, np.ndarray] = {}
         self._ties: dict[str, str] = {}
-        self._files: dict[str, WeightFile] = {}
+        self._path = path
+        self._external: dict[str, WeightFile] = {}
         self._first: dict[tuple[object, ...], str] = {}
         for name, tensor in weight_tensors(model):
             if tensor.dtype != ir.DataType.STRING:
@@ -84,9 +85,9 @@ class OnnxWeights:
 
     def _placed_at(self, name: str, tensor: ir.ExternalTensor, folder: Path, path: Path | None) -> _Place:
         location = os.fspath(tensor.location)
-        file = self._files.get(location)
+        file = self._external.get(location)
         if file is None:
-            file = self._files[location] = _open_external(name, location, folder, path)
+            file = self._external[location] = _open_external(name, location, folder, path)
         offset, nbytes = tensor.offset or 0, self._infos[name].nbytes
         length = nbytes if tensor.length is None else tensor.length
         if length != nbytes:
@@ -111,6 +112,11 @@ class OnnxWeights:
         # protobuf keeps the bytes that it parsed, and hands out copies
         return 2 * sum(array.nbytes for array in self._arrays.values())
 
+    @property
+    def files(self) -> Sequence[Path]:
+        graph = [] if self._path is None else [self._path]
+        return [*graph, *(file.path for file in self._external.values())]
+
     def info(self, name: str) -> TensorInfo:
         return self._infos[name]
 
@@ -124,6 +130,9 @@ class OnnxWeights:
 
     def give_back(self, name: str, start: int, stop: int) -> None:
         pass  # a window is memory of its own
+
+    def window_bytes(self, name: str, elements: int) -> int:
+        return 0
 
 
 def read_onnx(path: Path) -> OnnxWeights:

@@ -5,18 +5,21 @@ A tensor of which a window is wanted is never made whole, so a bound on memory h
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from ensemerge.errors import InvalidData
-from ensemerge.weights.reader import TensorInfo, WeightReader, check_stretch, rows_of
+from ensemerge.weights.reader import TensorInfo, WeightReader, check_stretch, most_rows, rows_of
 
 MANY_RUNS = 4096  # of rows per window: one look at the whole tensor is then quicker than so many reads
+INDEX_BYTES = 40  # the most that finding a row's place takes: whole numbers of 8 bytes, a few at a time
 
 
 class PermutedWeights:
@@ -34,6 +37,7 @@ class PermutedWeights:
         }
         self._infos = {name: _reindexed(name, inner.info(name), m) for name, m in self._maps.items()}
         self._ties = {new: old for new, old in inner.ties.items() if _equal_maps(self._maps, new, old)}
+        self._runs = {name: _count_runs(m[0]) if 0 in m else 1 for name, m in self._maps.items()}
 
     @property
     def names(self) -> Sequence[str]:
@@ -47,6 +51,10 @@ class PermutedWeights:
     def resident_bytes(self) -> int:
         held = sum(indices.nbytes for axes in self._maps.values() for indices in axes.values())
         return self._inner.resident_bytes + held
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return self._inner.files
 
     def info(self, name: str) -> TensorInfo:
         return self._infos[name] if name in self._infos else self._inner.info(name)
@@ -65,6 +73,21 @@ class PermutedWeights:
     def give_back(self, name: str, start: int, stop: int) -> None:
         if name not in self._maps:  # the others were copied, and what they came from was given back at once
             self._inner.give_back(name, start, stop)
+
+    def window_bytes(self, name: str, elements: int) -> int:
+        if name not in self._maps:
+            return self._inner.window_bytes(name, elements)
+        info, maps = self._inner.info(name), self._maps[name]
+        count, _ = most_rows(self._infos[name], elements)
+        shape = [count, *info.shape[1:]]
+        steps = [math.prod(shape)]
+        for axis in sorted(maps.keys() - {0}):
+            shape[axis] = len(maps[axis])
+            steps.append(math.prod(shape))
+        selected = max((one + next_ for one, next_ in pairwise(steps)), default=steps[0]) * info.dtype.itemsize
+        runs = self._runs[name]
+        gathered = steps[0] * info.dtype.itemsize + gather_bytes(self._inner, name, count, runs)
+        return max(selected, gathered) - elements * info.dtype.itemsize + count * INDEX_BYTES
 
 
 @dataclass(frozen=True)
@@ -98,6 +121,8 @@ class RowMappedWeights:
         self._inner = inner
         self._rows = dict(rows)
         self._made = {name: sorted(map_.made) for name, map_ in rows.items()}
+        self._given = {name: _distinct(map_.made) for name, map_ in rows.items()}
+        self._runs = {name: _count_runs(map_.index) for name, map_ in rows.items()}
         self._infos = {name: _mapped_info(name, inner.info(name), map_) for name, map_ in rows.items()}
         self._ties = {new: old for new, old in inner.ties.items() if self._rows.get(new) is self._rows.get(old)}
 
@@ -112,6 +137,11 @@ class RowMappedWeights:
     @property
     def resident_bytes(self) -> int:
         return self._inner.resident_bytes + sum(map_.index.nbytes for map_ in self._rows.values())
+
+    @property
+    def files(self) -> Sequence[Path]:
+        given = (row.reader for rows in self._given.values() for row in rows)
+        return list(dict.fromkeys(file for reader in (self._inner, *given) for file in reader.files))
 
     def info(self, name: str) -> TensorInfo:
         return self._infos[name] if name in self._infos else self._inner.info(name)
@@ -141,6 +171,20 @@ class RowMappedWeights:
         if name not in self._rows:
             self._inner.give_back(name, start, stop)
 
+    def window_bytes(self, name: str, elements: int) -> int:
+        if name not in self._rows:
+            return self._inner.window_bytes(name, elements)
+        info, given = self._infos[name], self._given[name]
+        count, columns = most_rows(info, elements)
+        rows = count * columns * info.dtype.itemsize
+        gathered = rows + gather_bytes(self._inner, name, count, self._runs[name])
+        # Of a row's sources all stay until their mean, in float64, is made.
+        each = [columns * row.reader.info(row.tensor).dtype.itemsize for row in given]
+        one = max((gather_bytes(row.reader, row.tensor, 1, 1) for row in given), default=0)
+        most = max(map(len, self._rows[name].made.values()), default=0)
+        averaged = most * max(each, default=0) + one + 3 * 8 * columns * (most > 0)
+        return rows + max(gathered, averaged) - elements * info.dtype.itemsize + count * INDEX_BYTES
+
 
 class CastWeights:
     """A reader whose floating tensors are rounded to `dtype` as they are read; other tensors stay as they are."""
@@ -161,6 +205,10 @@ class CastWeights:
     def resident_bytes(self) -> int:
         return self._inner.resident_bytes
 
+    @property
+    def files(self) -> Sequence[Path]:
+        return self._inner.files
+
     def info(self, name: str) -> TensorInfo:
         info = self._inner.info(name)
         return TensorInfo(info.shape, self._dtype) if info.dtype.is_floating_point else info
@@ -171,21 +219,40 @@ class CastWeights:
     def give_back(self, name: str, start: int, stop: int) -> None:
         self._inner.give_back(name, start, stop)
 
+    def window_bytes(self, name: str, elements: int) -> int:
+        dtype = self._inner.info(name).dtype
+        read = 0 if dtype == self.info(name).dtype else elements * dtype.itemsize
+        return read + self._inner.window_bytes(name, elements)
+
 
 def gather_rows(reader: WeightReader, name: str, index: np.ndarray) -> torch.Tensor:
     """Some rows of a tensor, `(rows, …)`, copied; the reader has its pages back."""
     info = reader.info(name)
     _, _, columns = rows_of(info, 0, info.numel)
-    borders = [0, *(np.flatnonzero(np.diff(index) != 1) + 1).tolist(), len(index)]
-    if len(borders) - 1 > MANY_RUNS or info.numel <= MANY_RUNS:
+    breaks = np.flatnonzero(np.diff(index) != 1)
+    if len(breaks) >= MANY_RUNS or info.numel <= MANY_RUNS:
         return _gather_whole(reader, name, index)
     gathered = torch.empty((len(index), columns), dtype=info.dtype)
-    for begin, end in pairwise(borders):
+    for begin, end in pairwise([0, *(breaks + 1).tolist(), len(index)]):
         start = int(index[begin]) * columns
         stop = start + (end - begin) * columns
         gathered[begin:end].view(-1).copy_(reader.window(name, start, stop))
         reader.give_back(name, start, stop)
     return gathered.view(len(index), *info.shape[1:])
+
+
+def gather_bytes(reader: WeightReader, name: str, count: int, runs: int) -> int:
+    """The most that gathering so many rows, in at most so many runs, takes beside the rows and what finds them."""
+    info = reader.info(name)
+    _, _, columns = rows_of(info, 0, info.numel)
+    whole = min(count, runs) > MANY_RUNS or info.numel <= MANY_RUNS
+    elements = info.numel if whole else min(count * columns, info.numel)
+    return elements * info.dtype.itemsize + reader.window_bytes(name, elements)
+
+
+def _count_runs(index: np.ndarray) -> int:
+    """Of rows that follow one another; a stretch of the index has no more, with or without its entries of −1."""
+    return int(np.count_nonzero(np.diff(index) != 1)) + 1
 
 
 def _gather_whole(reader: WeightReader, name: str, index: np.ndarray) -> torch.Tensor:
@@ -204,6 +271,12 @@ def _mean_row(sources: Sequence[Row]) -> torch.Tensor:
     for row in rows[1:]:
         total += row
     return total / len(rows)
+
+
+def _distinct(made: Mapping[int, Sequence[Row]]) -> list[Row]:
+    """One row of each tensor that rows are taken from."""
+    found = {(id(row.reader), row.tensor): row for sources in made.values() for row in sources}
+    return list(found.values())
 
 
 def _index(name: str, indices: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -44,6 +45,11 @@ class WeightReader(Protocol):
         """What the reader holds in memory whether or not anything is read."""
         ...
 
+    @property
+    def files(self) -> Sequence[Path]:
+        """Every file that decides what is read, each once: shards and their index, adapters, external data."""
+        ...
+
     def info(self, name: str) -> TensorInfo:
         """Shape and dtype. Raises KeyError."""
         ...
@@ -58,6 +64,10 @@ class WeightReader(Protocol):
 
     def give_back(self, name: str, start: int, stop: int) -> None:
         """The caller is done with a window: its pages need not stay in memory."""
+        ...
+
+    def window_bytes(self, name: str, elements: int) -> int:
+        """The most that making a window of so many elements takes in memory, beside the window. Raises KeyError."""
         ...
 
 
@@ -79,6 +89,12 @@ def rows_of(info: TensorInfo, start: int, stop: int) -> tuple[int, int, int]:
     if not columns or not info.shape:
         return 0, 0 if info.shape else 1, max(columns, 1)
     return start // columns, -(-stop // columns), columns
+
+
+def most_rows(info: TensorInfo, elements: int) -> tuple[int, int]:
+    """How many rows a stretch of so many elements touches at most, wherever it begins, and the elements of one row."""
+    _, rows, columns = rows_of(info, 0, info.numel)
+    return min(rows, -(-elements // columns) + 1), columns
 
 
 class RenamedWeights:
@@ -103,6 +119,10 @@ class RenamedWeights:
     def resident_bytes(self) -> int:
         return self._inner.resident_bytes
 
+    @property
+    def files(self) -> Sequence[Path]:
+        return self._inner.files
+
     def info(self, name: str) -> TensorInfo:
         return self._inner.info(self._mapping[name])
 
@@ -111,3 +131,6 @@ class RenamedWeights:
 
     def give_back(self, name: str, start: int, stop: int) -> None:
         self._inner.give_back(self._mapping[name], start, stop)
+
+    def window_bytes(self, name: str, elements: int) -> int:
+        return self._inner.window_bytes(self._mapping[name], elements)

@@ -65,16 +65,19 @@ class SafetensorsWeights:
         self.folder = path if path.is_dir() else path.parent
         self.metadata: dict[str, str] = {}
         self._places: dict[str, tuple[WeightFile, Entry]] = {}
+        self._files: list[Path] = []
         index = find_index(path)
         if index is None:
             self._add(find_file(path))
             return
         shards = read_index(index)
+        self._files.append(index)
         for shard in sorted(set(shards.values())):
             check_shard(index, shards, shard, self._add(index.parent / shard))
 
     def _add(self, path: Path) -> list[str]:
         file = WeightFile(path)
+        self._files.append(path)
         entries, metadata = read_header(file)
         self.metadata |= metadata
         for name in entries.keys() & self._places.keys():
@@ -94,6 +97,10 @@ class SafetensorsWeights:
     def resident_bytes(self) -> int:
         return 0
 
+    @property
+    def files(self) -> Sequence[Path]:
+        return self._files
+
     def info(self, name: str) -> TensorInfo:
         return self._places[name][1].info
 
@@ -105,6 +112,9 @@ class SafetensorsWeights:
 
     def give_back(self, name: str, start: int, stop: int) -> None:
         pass  # a window is memory of its own
+
+    def window_bytes(self, name: str, elements: int) -> int:
+        return 0
 
 
 def find_index(path: Path) -> Path | None:

@@ -17,7 +17,7 @@ import torch
 
 from ensemerge.errors import InvalidData
 from ensemerge.weights.pages import Pages
-from ensemerge.weights.reader import TensorInfo, check_stretch, rows_of
+from ensemerge.weights.reader import TensorInfo, check_stretch, most_rows, rows_of
 from ensemerge.weights.shards import check_shard, read_index
 
 SUFFIXES = (".pt", ".pth", ".bin")
@@ -37,6 +37,7 @@ class TorchWeights:
     def __init__(self, path: Path) -> None:
         self._tensors: dict[str, torch.Tensor] = {}
         self._maps: list[Pages] = []
+        self._files: list[Path] = []
         self._resident = 0
         if path.is_dir() and not (path / FILE).is_file():
             self._add_shards(path / INDEX)
@@ -49,11 +50,13 @@ class TorchWeights:
 
     def _add_shards(self, index: Path) -> None:
         shards = read_index(index)
+        self._files.append(index)
         for shard in sorted(set(shards.values())):
             check_shard(index, shards, shard, self._add(index.parent / shard))
 
     def _add(self, path: Path) -> list[str]:
         mapped = is_mappable(path)
+        self._files.append(path)
         tensors = _check_tensors(path, unwrap(path, load_checkpoint(path, mapped)))
         self._tensors |= tensors
         if mapped:
@@ -74,6 +77,10 @@ class TorchWeights:
     @property
     def resident_bytes(self) -> int:
         return self._resident
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return self._files
 
     def info(self, name: str) -> TensorInfo:
         return self._infos[name]
@@ -97,6 +104,14 @@ class TorchWeights:
         for pages in self._maps:
             if pages.holds(address, nbytes):
                 pages.give_back(address, nbytes)
+
+    def window_bytes(self, name: str, elements: int) -> int:
+        tensor, info = self._tensors[name], self._infos[name]
+        if tensor.is_contiguous():
+            return 0
+        rows, columns = most_rows(info, elements)
+        mapped = tensor.untyped_storage().nbytes() if self._maps else 0  # rows lie anywhere in the storage
+        return mapped + max(rows * columns - elements, 0) * info.dtype.itemsize
 
 
 def is_mappable(path: Path) -> bool:

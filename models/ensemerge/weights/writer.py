@@ -96,14 +96,15 @@ class PlacedFile:
     """A file whose size is settled and reserved at once, so that a full disk is known before the work is done.
 
     What a file of that name already holds stays (an interrupted run can go on), and is cut or grown to the size.
-    Raises InvalidData where there is no space, or the folder takes no files.
+    Raises InvalidData where there is no space, where the folder takes no files, or where `path` is a link: what it
+    leads to is someone else's.
     """
 
     def __init__(self, path: Path, size: int) -> None:
         self.path = path
         self._descriptor = -1
         try:
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             os.ftruncate(self._descriptor, size)
             if size:
                 os.posix_fallocate(self._descriptor, 0, size)
@@ -127,7 +128,17 @@ class PlacedFile:
             self._descriptor = -1
 
 
+def _write_whole(path: Path, content: bytes) -> None:
+    file = PlacedFile(path, len(content))
+    try:
+        file.write(0, memoryview(content))
+    finally:
+        file.close()
+
+
 def _refused(error: OSError, path: Path, needed: int) -> InvalidData:
+    if error.errno == errno.ELOOP:
+        return InvalidData(f"{path} is a link, and is not written through; expected a file or nothing: remove it")
     if error.errno not in _FULL:
         return InvalidData(f"{path} cannot be written: {error.strerror}")
     free = shutil.disk_usage(path.parent).free
@@ -209,7 +220,7 @@ class SafetensorsWriter:
             shards = {name: shard.file for shard in self._shards for name in shard.layout}
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": shards}
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-            (self._folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+            _write_whole(self._folder / "model.safetensors.index.json", text.encode())
 
     def abandon(self) -> None:
         for file in self._files:

@@ -2,6 +2,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from support.graphs import from_text, images, linear_text, publish_tiny, tiny_net, write_linear
@@ -72,6 +73,10 @@ def test_the_same_recipe_gives_the_same_bytes(repository: Repository) -> None:
         ({"kind": "ensemble", "members": []}, "'members' is empty"),
         ({"kind": "ensemble", "members": ["a", "other"]}, "expected input"),
         ({"kind": "merge", "models": [{"model": "a"}, {"model": "other"}]}, "expected graphs of one architecture"),
+        (
+            {"kind": "merge", "models": [{"model": "a"}, {"model": "b"}], "out_dtype": "bfloat16"},
+            "keeps the dtypes of its graph, expected float32",
+        ),
         ({"kind": "merge", "models": []}, "'models' is empty; expected at least one"),
         ({"kind": "merge", "models": [{"model": "a"}], "calibration": {"data": "none.npz"}}, "is no .npz"),
         ({"kind": "ensembel", "members": ["a"]}, "did you mean 'ensemble'"),
@@ -106,6 +111,42 @@ def test_weights_in_files_of_their_own_are_read_and_brought_in(tmp_path: Path) -
         assert version.manifest is not None
         assert "a:1/model.onnx.data" in version.manifest.inputs
         Runner(version.model_path).run({"x": np.ones((3, 4), np.float32)})
+
+
+def test_tied_weights_in_files_of_their_own_stay_one(tmp_path: Path) -> None:
+    text = """
+        <ir_version: 10, opset_import: ["" : 20]>
+        g (float[batch, 2] x) => (float[batch, 2] y) <float[2, 2] w = {%s}, float[2, 2] v = {%s}>
+        { h = MatMul(x, w)  y = MatMul(h, v) }
+    """
+    repository = Repository(tmp_path)
+    for name, weights in (("a", "1, 2, 3, 4"), ("b", "3, 2, 1, 0")):
+        write(repository, name, from_text(text % (weights, weights)), "model.onnx.data")
+        path = repository.folder(name) / "1" / "model.onnx"
+        proto = onnx.load(path, load_external_data=False)
+        first, second = proto.graph.initializer
+        del second.external_data[:]
+        second.external_data.extend(first.external_data)
+        path.write_bytes(proto.SerializeToString())
+    repository.write_spec("mean", {"kind": "merge", "models": [{"model": "a"}, {"model": "b"}]})
+    initializers = load(build(repository, "mean").model_path).graph.initializers
+    for name in "wv":
+        merged = initializers[name].const_value
+        assert merged is not None
+        assert merged.numpy().tolist() == [[2, 2], [2, 2]]
+
+
+def test_weights_in_constant_nodes_are_merged(tmp_path: Path) -> None:
+    text = """
+        <ir_version: 10, opset_import: ["" : 20]>
+        g (float[batch, 2] x) => (float[batch, 2] y) { w = Constant<value = float[2] {%s}>()  y = Mul(x, w) }
+    """
+    repository = Repository(tmp_path)
+    for name, weights in (("a", "1, 2"), ("b", "3, 6")):
+        write(repository, name, from_text(text % weights))
+    repository.write_spec("mean", {"kind": "merge", "models": [{"model": "a"}, {"model": "b"}]})
+    answer = Runner(build(repository, "mean").model_path).run({"x": np.ones((1, 2), np.float32)})["y"]
+    assert answer.tolist() == [[2, 4]]
 
 
 SCALAR = """

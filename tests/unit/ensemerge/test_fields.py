@@ -11,6 +11,18 @@ def test_an_unknown_key_is_named_with_a_suggestion() -> None:
         fields.finish()
 
 
+def test_every_unknown_key_has_a_line() -> None:
+    fields = Fields({"membres": 1, "combin": 2}, "model.yaml")
+    fields.take("members", list, [])
+    fields.take("combine", str, "")
+    with pytest.raises(InvalidSpec) as raised:
+        fields.finish()
+    lines = str(raised.value).split("\n")
+    assert [line.split(";")[0] for line in lines] == [
+        f"model.yaml: unknown key '{key}'" for key in ("membres", "combin")
+    ]
+
+
 def test_a_missing_key_points_at_the_one_that_was_meant() -> None:
     with pytest.raises(InvalidSpec, match=r"'members' is missing; there is 'membres', did you mean that\?"):
         Fields({"membres": ["a"]}, "model.yaml").take("members", list)

@@ -25,9 +25,10 @@ def weighted_sum(vectors: Iterable[torch.Tensor], coefficients: Coefficients) ->
 
 
 def normalized(weights: Coefficients) -> list[float]:
-    """`w_k / Σ w` (Wortsman et al. 2022, arXiv 2203.05482). Raises InvalidSpec where the sum is zero."""
+    """`w_k / Σ w` (Wortsman et al. 2022, arXiv 2203.05482). Raises InvalidSpec where the weights cancel."""
     total = sum(weights)
-    if abs(total) < 1e-8:
+    # Against the weights' own size: small ones are as good as large ones.
+    if abs(total) <= 1e-8 * sum(map(abs, weights)):
         raise InvalidSpec(
             f"the weights {list(weights)} sum to {total}; expected a sum that is not zero: "
             "change a weight, or set `normalize: false` where the method has it"
@@ -71,7 +72,7 @@ def lawa(checkpoints: int, k: int) -> list[float]:
 
 @dataclass(frozen=True)
 class WeightedSum:
-    """A sum with coefficients that are known beforehand; a model whose coefficient is 0 is not looked at."""
+    """A sum with coefficients that are known beforehand."""
 
     coefficients: Coefficients
     grain: Grain = Grain.ELEMENT
@@ -80,5 +81,5 @@ class WeightedSum:
     propagates: bool = True
 
     def combine(self, block: Block, findings: Sequence[Any]) -> torch.Tensor:
-        used = [k for k, coefficient in enumerate(self.coefficients) if coefficient] or [0]
-        return weighted_sum((block.model(k) for k in used), [self.coefficients[k] for k in used])
+        # Models of coefficient 0 too: their NaN must be seen, and zero times NaN is NaN.
+        return weighted_sum((block.model(k) for k in range(block.count)), self.coefficients)

@@ -40,10 +40,10 @@ DEVIATIONS: Mapping[str, str] = {
     "parallel ones, so that rounding noise is divided by rounding noise); weights that cancel are refused (mergekit: "
     "t = 0.5)",
     "multislerp": "the logarithmic map at the mean direction is taken, so that two models give SLERP (mergekit leaves "
-    "out its angle, which makes the step vanish); directions that cancel are averaged linearly (mergekit: an error "
-    "for more than two models)",
-    "karcher": "any model that is not zero has a direction (mergekit: only norms above `tol`); directions that cancel "
-    "are averaged linearly (mergekit: the first model's)",
+    "out its angle, which makes the step vanish); directions that cancel, to a thousandth, are averaged linearly "
+    "(mergekit: an error for more than two models)",
+    "karcher": "any model that is not zero has a direction (mergekit: only norms above `tol`); directions that cancel, "
+    "to a thousandth, are averaged linearly (mergekit: the first model's)",
     "task_arithmetic": "with `normalize`, weights that cancel are refused (mergekit: not normalized)",
     "ties": "trimmed over the whole model, as in the paper (mergekit: each tensor by itself); all elements that tie "
     "with the smallest that is kept stay (mergekit: as its sort leaves them); a sum of zero elects nothing (mergekit: "
@@ -61,7 +61,8 @@ DEVIATIONS: Mapping[str, str] = {
     "breadcrumbs_ties": "every tensor keeps at least one element (mergekit: none where density · elements < 1); a sum "
     "of zero elects nothing (mergekit: +)",
     "sce": "shares follow the energies however small they are (mergekit: equal shares where the mean squares sum to "
-    "less than 1e-6, as those of most fine-tunes do); a sum of zero elects nothing (mergekit: +)",
+    "less than 1e-6, as those of most fine-tunes do); one model alone is kept whole (mergekit: `select_topk` below 1 "
+    "gives the base); a sum of zero elects nothing (mergekit: +)",
     "model_stock": "the mean of the angles, as in the paper (mergekit: of the cosines); no floor under the product of "
     "norms (mergekit: 1e-6, which makes small updates look orthogonal); filters are entries of axis 0 (mergekit: rows "
     "of the last axis); angles that ask for t < −1 keep the base (mergekit: only at the pole)",

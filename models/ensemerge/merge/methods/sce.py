@@ -17,7 +17,10 @@ from ensemerge.merge.selection import order_statistics
 
 
 def variance(vectors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The variance over the models, element by element; exactly 0 where all are equal. Overwrites the vectors."""
+    """The variance over the models, element by element; exactly 0 where all are equal. Overwrites the vectors.
+
+    In float32 it is 0 too where models differ by less than 1e-22: the selection compares float32 numbers anyway.
+    """
     # Measured from the first model, so that equal ones differ by exactly 0 from their mean.
     first = vectors[0].clone()
     mean = torch.zeros_like(first)
@@ -78,7 +81,8 @@ class Energies:
     scope: Scope = Scope.TENSOR
 
     def measure(self, block: Block, findings: Sequence[Any]) -> np.ndarray:
-        return np.array([float(delta.square_().sum()) for delta in self.select(block, findings)], np.float64)
+        # In float64: the squares of updates below 1e-22 are zero in float32.
+        return np.array([float(delta.double().square_().sum()) for delta in self.select(block, findings)], np.float64)
 
     def conclude(self, total: np.ndarray, numel: int, findings: Sequence[Any]) -> list[float]:
         return self.shares(total / numel)
@@ -147,7 +151,7 @@ class Sce:
 
     @property
     def buffers(self) -> int:
-        return 2 * self.models + 5
+        return 2 * self.models + 7
 
     def combine(self, block: Block, findings: Sequence[Any]) -> torch.Tensor:
         return erased_mean(self.select(block, findings), findings[-1], self.elect, self.least).add_(block.base)

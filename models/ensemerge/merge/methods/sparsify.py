@@ -181,7 +181,7 @@ class Drop:
         if density >= 1:
             return delta
         if density <= 0:
-            return delta.zero_()
+            return delta.mul_(0)  # which, unlike `zero_`, lets NaN be seen
         keep = self.draws.keep(block.place, k, density, delta.numel())
         return self.compensate(masked(delta, keep), density)
 
@@ -234,7 +234,7 @@ class DropByRank:
         if density >= 1:
             return delta
         if density <= 0:
-            return delta.zero_()
+            return delta.mul_(0)  # which, unlike `zero_`, lets NaN be seen
         probability = rank_probabilities(delta, density, self.epsilons[k])
         keep = self.draws.keep(block.place, k, probability.reshape(-1), delta.numel())
         return self.compensate(masked(delta, keep), probability)

@@ -24,6 +24,8 @@ from ensemerge.merge.methods.averaging import weighted_sum
 Rule = Callable[[np.ndarray], np.ndarray]
 
 PARALLEL = 0.9995  # |cos Ω| above which an arc is as good as its chord
+# A mean of unit vectors that is shorter than this is what bfloat16 leaves of directions that cancel.
+CANCELLED = 1e-3
 
 
 def slerp(gram: np.ndarray, t: float) -> np.ndarray:
@@ -49,14 +51,15 @@ def multislerp(gram: np.ndarray, weights: Sequence[float], eps: float) -> np.nda
 
     With `u_k = x_k/‖x_k‖` and m the direction of `Σ w_k u_k`: the logarithms `θ_k/sin θ_k (u_k − cos θ_k m)` at m are
     averaged and the exponential map leads back (Goddard 2025, the blog post "Multi-SLERP"; the map: Buss & Fillmore
-    2001, doi 10.1145/502122.502124). Where `Σ w_k u_k` is shorter than `eps` no direction is left: linear then.
+    2001, doi 10.1145/502122.502124). Where `Σ w_k u_k` is shorter than `eps`, or than a thousandth of `Σ |w_k|`, no
+    direction is left but that of rounding: linear then.
     """
     shares = np.asarray(weights, np.float64)
     norms = np.sqrt(np.diag(gram))
     units = unit_gram(gram, norms)
     mean = shares * (norms > 0)
     length = length_of(units, mean)
-    if length < eps:
+    if length < max(eps, CANCELLED * float(np.abs(mean).sum())) or not length:
         return shares
     mean /= length
     return stretched(settled(units, mean, shares * (norms > 0), 1, 0), norms, float(shares @ norms))
@@ -66,13 +69,14 @@ def karcher(gram: np.ndarray, max_iter: int, tol: float) -> np.ndarray:
     """The Karcher mean of the directions, times the mean of the norms (Karcher 1977; Buss & Fillmore 2001).
 
     Steps like those of `multislerp`, with uniform weights, until one is shorter than `tol`. Zeros have no direction and
-    take no part in it. Where the directions cancel there is no mean direction: linear then.
+    take no part in it. Where the directions cancel, so that their mean is shorter than `tol` or than a thousandth, no
+    direction is left but that of rounding: linear then.
     """
     norms = np.sqrt(np.diag(gram))
     units = unit_gram(gram, norms)
     shares = (norms > 0) / max(1, int(np.count_nonzero(norms)))
     mean, length = shares, length_of(units, shares)
-    if length < tol:
+    if length < max(tol, CANCELLED):
         return np.full(len(norms), 1 / len(norms))
     return stretched(settled(units, mean / length, shares, max_iter, tol), norms, float(norms.mean()))
 
@@ -130,12 +134,15 @@ def vectors(block: Block) -> list[torch.Tensor]:
 
 
 def inner_products(rows: Sequence[torch.Tensor], dim: tuple[int, ...]) -> np.ndarray:
-    """`⟨x_j, x_k⟩` summed over the axes `dim`, `(models, models, …) float64`."""
+    """`⟨x_j, x_k⟩` summed over the axes `dim`, `(models, models, …) float64`, computed in float64.
+
+    float32 would lose the squares of updates below 1e-22, and the little that is left where directions nearly cancel.
+    """
     products: dict[tuple[int, int], np.ndarray] = {}
-    scratch = torch.empty_like(rows[0])
+    wide = [row.double() for row in rows]
+    scratch = torch.empty_like(wide[0])
     for j, k in combinations_with_replacement(range(len(rows)), 2):
-        # `sum` adds in a tree; a dot product would lose three digits over a block.
-        products[j, k] = torch.mul(rows[j], rows[k], out=scratch).sum(dim).double().cpu().numpy()
+        products[j, k] = torch.mul(wide[j], wide[k], out=scratch).sum(dim).cpu().numpy()
     return np.array([[products[min(j, k), max(j, k)] for k in range(len(rows))] for j in range(len(rows))])
 
 
@@ -189,7 +196,7 @@ class SphericalSum:
 
     @property
     def buffers(self) -> int:
-        return self.models + 3
+        return 3 * self.models + 4  # the vectors, once more in float64 for the inner products, and their scratch
 
     def combine(self, block: Block, findings: Sequence[Any]) -> torch.Tensor:
         return _from_origin(block, weighted_sum(vectors(block), findings[0].tolist()))
@@ -210,7 +217,7 @@ class RowSum:
 
     @property
     def buffers(self) -> int:
-        return self.models + 3
+        return 3 * self.models + 4  # the vectors, once more in float64 for the inner products, and their scratch
 
     def combine(self, block: Block, findings: Sequence[Any]) -> torch.Tensor:
         rows = vectors(block)
@@ -236,7 +243,7 @@ class ColumnSum:
 
     @property
     def buffers(self) -> int:
-        return self.models + 3
+        return 3 * self.models + 4  # the vectors, once more in float64 for the inner products, and their scratch
 
     def combine(self, block: Block, findings: Sequence[Any]) -> torch.Tensor:
         return _from_origin(block, _scaled_sum(vectors(block), findings[0][:, None, :]))

@@ -88,7 +88,7 @@ class ModelStock:
 
     @property
     def buffers(self) -> int:
-        return self.models + 3
+        return 3 * self.models + 4  # the task vectors, once more in float64 for the inner products, and their scratch
 
     def combine(self, block: Block, findings: Sequence[Any]) -> torch.Tensor:
         return toward_mean(block.base, block.models(), findings[0])
@@ -109,7 +109,7 @@ class FilterStock:
 
     @property
     def buffers(self) -> int:
-        return self.models + 3
+        return 3 * self.models + 4  # the task vectors, once more in float64 for the inner products, and their scratch
 
     def combine(self, block: Block, findings: Sequence[Any]) -> torch.Tensor:
         t = self.trust(inner_products(block.deltas(), (1,)))

@@ -19,14 +19,23 @@ from ensemerge.merge.methods.consensus import Consensus
 MergeMatrices = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 
 
-def svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The thin `U, Σ, V^T`, singular values descending."""
+def svd(matrix: torch.Tensor, size: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The thin `U, Σ, V^T` within the numerical rank, singular values descending; a zero matrix has rank 0.
+
+    Values up to `size · eps · max(rows, columns)` are rounding noise, and their vectors are arbitrary. `size` is the
+    norm of what the matrix was computed from, by default its largest singular value.
+    """
     u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
-    return u, s, vt
+    noise = (s[:1] if size is None else size) * torch.finfo(s.dtype).eps * max(matrix.shape)
+    rank = int((s > noise).sum())
+    return u[:, :rank], s[:rank], vt[:rank]
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """The nearest matrix with orthonormal columns, or rows where it is wide: the solution of Procrustes' problem."""
+    """The nearest matrix with orthonormal columns, or rows where it is wide: the solution of Procrustes' problem.
+
+    Where the rank is not full there are many; this one adds no direction that the matrix does not have.
+    """
     u, _, vt = svd(matrix)
     return u @ vt
 
@@ -40,8 +49,9 @@ def tsv_m(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
     """Task singular vectors, merged (Gargiulo et al. 2025, arXiv 2412.00081).
 
     Of each task the ⌊rank/n⌋ leading triplets; the concatenated U and V are made orthogonal, each by itself, and the
-    product with the concatenated singular values is the merge. A matrix with fewer rows or columns than there are tasks
-    has no room for one triplet per task: the mean then.
+    product with the concatenated singular values is the merge. A task of a lower rank, an adapter's for example, gives
+    fewer: null directions are arbitrary and would bend the others. A matrix with fewer rows or columns than there are
+    tasks has no room for one triplet per task: the mean then.
     """
     kept = min(deltas[0].shape) // len(deltas)
     if not kept:
@@ -55,17 +65,24 @@ def tsv_m(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
 def iso_c(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
     """Isotropic merging in the common subspace: every singular value of `Σ τ_k` becomes their mean.
 
-    Marczak et al. 2025, arXiv 2502.04959. Where the sum has not full rank, null directions get energy too.
+    Marczak et al. 2025, arXiv 2502.04959. The paper takes all min(rows, columns) values; here those within the
+    numerical rank are meant, because null directions are arbitrary. At full rank both are the same.
     """
     u, s, vt = svd(torch.stack(list(deltas)).sum(0))
-    return u @ vt * s.mean()
+    return u @ vt * _mean_value(s)
+
+
+def _mean_value(s: torch.Tensor) -> torch.Tensor:
+    return s.sum() / max(1, len(s))
 
 
 def iso_cts(deltas: Sequence[torch.Tensor], common: float) -> torch.Tensor:
     """Isotropic merging in common and task-specific subspaces (Marczak et al. 2025, arXiv 2502.04959).
 
     The leading directions of `Σ τ_k`, about the fraction `common` of them, and of each task the same number of leading
-    ones of what it has outside of them; all made orthogonal, all with the mean of their singular values.
+    ones of what it has outside of them; all made orthogonal, all with the mean of their singular values. The paper
+    shares out min(rows, columns) directions; here it is the numerical rank of the sum, and a task that has less outside
+    gives less, because null directions are arbitrary.
     """
     u, s, vt = svd(torch.stack(list(deltas)).sum(0))
     rank = len(s)
@@ -74,11 +91,12 @@ def iso_cts(deltas: Sequence[torch.Tensor], common: float) -> torch.Tensor:
     shared = rank - own * len(deltas)
     lefts, values, rights = [u[:, :shared]], [s[:shared]], [vt[:shared]]
     for delta in deltas if own else ():
-        u_k, s_k, vt_k = svd(delta - lefts[0] @ (lefts[0].T @ delta))
+        # Measured by the whole task vector, lest what the subtraction rounds to counts as directions.
+        u_k, s_k, vt_k = svd(delta - lefts[0] @ (lefts[0].T @ delta), delta.norm())
         lefts.append(u_k[:, :own])
         values.append(s_k[:own])
         rights.append(vt_k[:own])
-    return orthogonal(torch.cat(lefts, 1)) @ orthogonal(torch.cat(rights, 0)) * torch.cat(values).mean()
+    return orthogonal(torch.cat(lefts, 1)) @ orthogonal(torch.cat(rights, 0)) * _mean_value(torch.cat(values))
 
 
 @dataclass(frozen=True)
@@ -128,11 +146,10 @@ class Knots:
     consensus: Consensus
 
     def __call__(self, deltas: Sequence[torch.Tensor]) -> torch.Tensor:
+        # Within the rank: noise would take part in the trim and in the vote.
         u, s, vt = svd(torch.cat(list(deltas), 1))
-        # Directions without energy are noise, and noise would take part in the trim and in the vote.
-        rank = int((s > s[0] * torch.finfo(s.dtype).eps * max(u.shape[0], vt.shape[1])).sum())
-        if not rank:
+        if not len(s):
             return torch.zeros_like(deltas[0])
-        parts = vt[:rank].chunk(len(deltas), 1)
+        parts = vt.chunk(len(deltas), 1)
         kept = [largest(part, density) for part, density in zip(parts, self.densities, strict=True)]
-        return u[:, :rank] * s[:rank] @ self.consensus(kept)
+        return u * s @ self.consensus(kept)

@@ -185,7 +185,8 @@ def _elect(settings: Settings) -> Consensus:
 
 def _sce(settings: Settings) -> Method:
     top = settings.shared["select_topk"]
-    return Sce(SelectVarying(top) if top < 1 else SelectAll(), settings.count)
+    # One model does not vary: there is nothing to select by.
+    return Sce(SelectVarying(top) if top < 1 and settings.count > 1 else SelectAll(), settings.count)
 
 
 def _model_stock(settings: Settings) -> Method:
@@ -228,7 +229,7 @@ def _knots(consensus: Callable[[Settings], Consensus]) -> Callable[[Settings], M
 
 FLATTEN = [Parameter("nuslerp_flatten", bool, True), Parameter("nuslerp_row_wise", bool, False)]
 SPHERE = [WEIGHT, Parameter("normalize_weights", bool, True), Parameter("eps", float, 1e-8, low=0)]
-KARCHER = [Parameter("max_iter", int, 10, low=0), Parameter("tol", float, 1e-5, low=0)]
+KARCHER = [Parameter("max_iter", int, 10, low=0, high=10_000), Parameter("tol", float, 1e-5, low=0)]
 SCE = [Parameter("select_topk", float, 1.0, low=0, high=1)]
 RAM_PLUS = [Parameter("r", float, 0.1, low=0), Parameter("alpha", float, 0.2, low=0), RAM_EPSILON]
 BETA = Parameter("beta", float, low=0, high=1)

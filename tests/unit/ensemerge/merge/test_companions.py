@@ -1,6 +1,6 @@
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jinja2
 import jinja2.sandbox
@@ -81,6 +81,21 @@ def test_nothing_is_overwritten(out: Path, models: dict[str, Path]) -> None:
     assert (out / "config.json").read_text() == "mine"
 
 
+def test_no_half_file_has_a_final_name(out: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: BinaryIO, target: BinaryIO) -> None:
+        target.write(source.read(3))
+        raise OSError("no space left")
+
+    with monkeypatch.context() as broken, pytest.raises(OSError, match="no space"):
+        broken.setattr("shutil.copyfileobj", full)
+        write(out, models, recipe())
+    assert list(out.iterdir()) == []
+    (out / ".config.json.part").write_text("what a kill left")
+    write(out, models, recipe())
+    assert json.loads((out / "config.json").read_text()) == CONFIG
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
 def test_links_of_the_cache_are_copied_as_files(out: Path, models: dict[str, Path]) -> None:
     tokenizer = models["org/a"] / "tokenizer.json"
     tokenizer.rename(tokenizer.with_name("blob"))
@@ -118,9 +133,18 @@ def test_the_config_says_what_became_of_the_donor() -> None:
     }
 
 
-def test_newer_configs_call_it_dtype() -> None:
-    changed = merged_config({"dtype": "float32"}, Facts("float16"))[0]
-    assert changed == {"dtype": "float16"}
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({"dtype": "float32"}, {"dtype": "float16"}),
+        ({"torch_dtype": None}, {"torch_dtype": "float16"}),
+        ({"dtype": "float32", "torch_dtype": "float32"}, {"dtype": "float16", "torch_dtype": "float16"}),
+        ({}, {"torch_dtype": "float16"}),
+        ({"vision_config": {"dtype": "float32"}}, {"vision_config": {"dtype": "float16"}}),
+    ],
+)
+def test_the_dtype_stands_where_the_donor_says_it(body: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert merged_config(body, Facts("float16"))[0] == expected
 
 
 def test_a_model_of_several_parts_has_its_text_under_a_key_of_its_own() -> None:
@@ -138,7 +162,143 @@ def test_a_layer_count_without_a_key_is_told() -> None:
     assert notes == ["config.json has no key that says 4 layers (blocks); set it to 2 by hand"]
 
 
+def sliced(body: dict[str, Any], counts: dict[str, int], **picks: tuple[int, ...]) -> tuple[dict[str, Any], list[str]]:
+    """The config after the families whose name holds a key of `picks` were sliced."""
+    chosen = {family: found for family in counts for key, found in picks.items() if key in family}
+    return merged_config(body, Facts(layers=chosen, donor_layers=counts))
+
+
+T5, T5_LAYERS = {"num_layers": 4, "num_decoder_layers": 4}, {"encoder.block": 4, "decoder.block": 4}
+BART = {"num_hidden_layers": 4, "encoder_layers": 4, "decoder_layers": 4}
+BART_LAYERS = {"model.encoder.layers": 4, "model.decoder.layers": 4}
+
+
+@pytest.mark.parametrize(
+    ("body", "counts", "side", "changed"),
+    [
+        (T5, T5_LAYERS, "decoder", {"num_decoder_layers": 2}),
+        (T5, T5_LAYERS, "encoder", {"num_layers": 2}),
+        (BART, BART_LAYERS, "decoder", {"decoder_layers": 2}),
+        (BART, BART_LAYERS, "encoder", {"encoder_layers": 2, "num_hidden_layers": 2}),
+        ({"num_hidden_layers": 4}, {"model.decoder.layers": 4}, "decoder", {"num_hidden_layers": 2}),  # OPT
+        ({"num_hidden_layers": 4}, {"bert.encoder.layer": 4}, "encoder", {"num_hidden_layers": 2}),
+    ],
+)
+def test_each_side_of_an_encoder_decoder_has_its_own_count(
+    body: dict[str, Any], counts: dict[str, int], side: str, changed: dict[str, Any]
+) -> None:
+    assert sliced(body, counts, **{side: (0, 3)}) == ({**body, **changed}, [])
+
+
+def test_both_sides_at_once() -> None:
+    updated, notes = sliced(BART, BART_LAYERS, encoder=(0, 1), decoder=(3,))
+    assert (updated, notes) == ({"num_hidden_layers": 2, "encoder_layers": 2, "decoder_layers": 1}, [])
+
+
+def test_every_key_of_one_family_is_set() -> None:
+    updated, _ = sliced({"num_hidden_layers": 3, "n_layers": 3}, {"h": 3}, h=(0, 0, 1, 2))
+    assert updated == {"num_hidden_layers": 4, "n_layers": 4}
+
+
+def test_a_part_is_found_by_the_name_of_the_family() -> None:
+    body = {"text_config": {"num_hidden_layers": 4}, "vision_config": {"num_hidden_layers": 4}}
+    counts = {"vision_tower.encoder.layers": 4, "language_model.layers": 4}
+    updated, notes = sliced(body, counts, vision=(0, 1))
+    assert updated == {"text_config": {"num_hidden_layers": 4}, "vision_config": {"num_hidden_layers": 2}}
+    assert notes == []
+
+
+def test_a_count_that_may_mean_other_layers_is_told() -> None:
+    _, notes = sliced({"n_layer": 4}, {"left": 4, "right": 4}, left=(0, 1))
+    assert notes == ["config.json: n_layer may mean right as well as left, for which it says 2 now; check it"]
+    _, notes = sliced({"num_layers": 4}, T5_LAYERS, encoder=(0, 1))
+    assert "num_layers may mean decoder.block as well" in notes[0]
+    updated, notes = sliced({"num_layers": 4}, T5_LAYERS, decoder=(0, 1))
+    assert updated == {"num_layers": 4} and "no key that says 4 layers (decoder.block)" in notes[0]
+
+
+def test_lists_follow_the_layers_where_they_speak_of_them() -> None:
+    body = {
+        "num_hidden_layers": 3,
+        "eos_token_id": [1, 2, 0],
+        "mlp_layer_types": ["a", "b", "c"],
+        "mlp_only_layers": [0, 2],
+        "attention_types": [[["global", "local"], 1], [["local"], 1]],
+        "mystery": [7, 8, 9],
+    }
+    updated, notes = sliced(body, {"h": 3}, h=(0, 2, 1, 2))
+    assert updated == {
+        "num_hidden_layers": 4,
+        "eos_token_id": [1, 2, 0],
+        "mlp_layer_types": ["a", "c", "b", "c"],
+        "mlp_only_layers": [0, 1, 3],
+        "attention_types": [[["global", "local", "local", "local"], 1]],
+        "mystery": [7, 8, 9],
+    }
+    assert notes == ["config.json: 'mystery' stays as it is; it may say something of each layer of h"]
+
+
+# Ids of tokens.
+
+
+def moved(ids: list[int]) -> Facts:
+    return Facts(vocabulary=VocabularyPlan(8, {}, {}, Path(), donor_ids=ids))
+
+
+def test_ids_of_tokens_follow_the_merged_vocabulary() -> None:
+    body = {"eos_token_id": 2, "bos_token_id": [0, 1], "pad_token_id": None, "text_config": {"image_token_id": 1}}
+    updated, notes = merged_config({**body, "sep_token_id": -1, "vocab_size": 3}, moved([5, 0, 7]))
+    assert updated == {
+        "eos_token_id": 7,
+        "bos_token_id": [5, 0],
+        "pad_token_id": None,
+        "text_config": {"image_token_id": 0},
+        "sep_token_id": -1,
+        "vocab_size": 8,
+    }
+    assert notes == []
+
+
+def test_a_token_that_is_gone_is_left_out_and_told(out: Path, models: dict[str, Path]) -> None:
+    body = {"eos_token_id": [1, 2], "pad_token_id": 1, "bos_token_id": 9, "bad_words_ids": [[0, 1], [2]]}
+    for file in ("config.json", "generation_config.json"):
+        (models["org/a"] / file).write_text(json.dumps(body))
+    plan = VocabularyPlan(8, {}, {}, models["org/b"], donor_ids=[4, -1, 6])
+    notes = write(out, models, recipe(), Facts(vocabulary=plan))
+    left = {"eos_token_id": [6], "bad_words_ids": [[6]]}
+    assert json.loads((out / "generation_config.json").read_text()) == left
+    assert json.loads((out / "config.json").read_text()) == {**left, "vocab_size": 8}
+    told = [note.split(" was ")[0] for note in notes]
+    assert told == [f"{file}: '{key}'" for file in ("config.json", "generation_config.json") for key in body]
+
+
 # Tokenizer and chat template.
+
+
+PLAIN = ["sentencepiece.bpe.model", "spm.model", "tekken.json", "source.spm", "target.spm", "bpe.codes"]
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_every_kind_of_tokenizer_is_copied_unless_superseded(out: Path, models: dict[str, Path], name: str) -> None:
+    (models["org/a"] / name).write_bytes(b"plain")
+    write(out, models, recipe())
+    assert (out / name).read_bytes() == b"plain"
+    (out.parent / "union").mkdir()
+    write(out.parent / "union", models, recipe(), Facts(vocabulary=VocabularyPlan(9, {}, {}, models["org/a"], "{}")))
+    assert not (out.parent / "union" / name).exists()
+
+
+def test_other_templates_of_the_donor_go_along_unless_one_is_chosen(out: Path, models: dict[str, Path]) -> None:
+    (models["org/a"] / "chat_template.json").write_text("{}")
+    (models["org/a"] / "additional_chat_templates").mkdir()
+    (models["org/a"] / "additional_chat_templates" / "tools.jinja").write_text("tools")
+    write(out, models, recipe())
+    assert (out / "chat_template.json").exists()
+    assert (out / "additional_chat_templates" / "tools.jinja").read_text() == "tools"
+    (out.parent / "chosen").mkdir()
+    write(out.parent / "chosen", models, recipe(chat_template="chatml"))
+    assert not (out.parent / "chosen" / "chat_template.json").exists()
+    assert not (out.parent / "chosen" / "additional_chat_templates").exists()
 
 
 def test_a_union_tokenizer_replaces_what_it_supersedes(out: Path, models: dict[str, Path]) -> None:
@@ -221,7 +381,23 @@ def front_matter(card: str) -> dict[str, Any]:
     return found
 
 
-def test_the_card_says_what_was_merged(models: dict[str, Path]) -> None:
+@pytest.fixture
+def cached(tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """The same models, and an adapter, in Hugging Face's cache."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    found = {}
+    for name in ("a", "b", "lora"):
+        found[f"org/{name}"] = tmp_path / "hub" / f"models--org--{name}" / "snapshots" / "c0ffee"
+        found[f"org/{name}"].parent.mkdir(parents=True)
+        if name == "lora":
+            found["org/lora"].mkdir()
+        else:
+            models[f"org/{name}"].rename(found[f"org/{name}"])
+    return found
+
+
+def test_the_card_says_what_was_merged(cached: dict[str, Path]) -> None:
+    models = {name: cached[name] for name in ("org/a", "org/b")}
     card = model_card(recipe(base_model="org/a"), TEXT, models)
     assert front_matter(card) == {
         "base_model": ["org/a", "org/b"],
@@ -266,5 +442,21 @@ def test_a_recipe_with_a_fence_of_its_own(models: dict[str, Path]) -> None:
 
 
 def test_local_paths_are_no_repositories(models: dict[str, Path]) -> None:
-    card = model_card(recipe(models=["./a", "/data/b"]), TEXT, {})
-    assert "base_model" not in front_matter(card)
+    assert "base_model" not in front_matter(model_card(recipe(), TEXT, models))
+
+
+def test_repositories_have_no_revisions_and_adapters_count(cached: dict[str, Path]) -> None:
+    merged = recipe(models=["org/a@v1", "org/b+org/lora@c0ffee", "./local"])
+    folders = {"org/a@v1": cached["org/a"], "org/b+org/lora@c0ffee": cached["org/b"], "./local": Path("local")}
+    expected = ["org/a", "org/b", "org/lora"]
+    assert front_matter(model_card(merged, TEXT, folders))["base_model"] == expected
+    beside = model_card(merged, TEXT, folders, adapters={"org/lora@c0ffee": Path("elsewhere")})
+    assert front_matter(beside)["base_model"] == ["org/a", "org/b"]
+
+
+def test_the_card_of_one_task_says_which(out: Path, models: dict[str, Path]) -> None:
+    write_companions(out, recipe(), TEXT, models["org/a"], models, Facts(), task="org/b")
+    card = (out / "README.md").read_text()
+    assert "\n# Merge of a, b: org/b\n" in card
+    assert "This is the model for the task of `org/b`." in card
+    assert "for the task" not in model_card(recipe(), TEXT, models)

@@ -8,9 +8,11 @@ import torch
 from support.memory import Collected, InMemory
 
 from ensemerge.errors import InvalidModel
+from ensemerge.merge.draws import KeyedDraws
 from ensemerge.merge.engine import Job, Machine, Source, merge_weights, worker_bytes
 from ensemerge.merge.method import Block, Grain, Method, Scope, Survey
 from ensemerge.merge.methods.averaging import WeightedSum
+from ensemerge.merge.methods.table import METHODS, Settings
 from ensemerge.weights.reader import TensorInfo
 
 Tensors = Mapping[str, torch.Tensor]
@@ -117,6 +119,18 @@ def test_masks_with_infinities_are_copied_where_equal() -> None:
         assert torch.equal(merge([{"m": mask}, {"m": mask.clone()}], method).tensors["m"], mask)
     with pytest.raises(InvalidModel, match="'m' of model-0 holds NaN or infinity"):
         merge([{"m": mask}, {"m": torch.zeros(2)}], mean())
+
+
+@pytest.mark.parametrize("low", [float("-inf"), torch.finfo(torch.float32).min])
+def test_masks_are_copied_by_methods_that_square(low: float) -> None:
+    mask = torch.tensor([0.0, low, 0.0])
+    slerp = METHODS["slerp"].make(Settings([{}, {}], {"t": 0.5}, KeyedDraws()))
+    assert torch.equal(merge([{"m": mask}, {"m": mask.clone()}], slerp).tensors["m"], mask)
+
+
+def test_infinities_beside_weights_are_no_mask_not_even_in_a_single_model() -> None:
+    with pytest.raises(InvalidModel, match="'w' of model-0 holds NaN or infinity"):
+        merge([{"w": torch.tensor([1.0, 2.0, float("inf")])}], WeightedSum([2.0]))
 
 
 def test_a_result_beyond_the_dtype_is_refused() -> None:

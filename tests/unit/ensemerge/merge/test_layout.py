@@ -300,6 +300,28 @@ def test_where_one_unties_the_embedding_of_the_others_stands_in(silent: dict[str
     assert layout.untied
 
 
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_a_head_left_out_and_one_that_shares_memory_are_both_tied(order: str) -> None:
+    models = {
+        "a": model(config=TIED, without=(HEAD,)),  # as safetensors are written
+        "b": ModelNames(llama(), {HEAD: TABLE_NAME}, TIED),  # as torch files are
+    }
+    layout = laid_out({**LINEAR, "models": list(order)}, **models)
+    assert layout.ties == {HEAD: TABLE_NAME}
+    assert HEAD not in by_name(layout)
+    assert not layout.untied
+    with_own = laid_out({**LINEAR, "models": ["a", "b", "c"]}, c=model(), **models)
+    assert [one.tensor for one in by_name(with_own)[HEAD].contributions] == [TABLE_NAME, HEAD, HEAD]
+    assert with_own.untied
+
+
+def test_a_head_that_the_config_calls_its_own_is_written() -> None:
+    shared = ModelNames(llama(), {HEAD: TABLE_NAME}, UNTIED)
+    layout = laid_out(LINEAR, a=shared, b=shared)
+    assert HEAD in by_name(layout)
+    assert not layout.ties
+
+
 def test_a_head_that_is_not_tied_is_missing() -> None:
     assert f"a lacks 1 of the tensors: {HEAD}" in problem_of(LINEAR, a=model(without=(HEAD,)), b=model())
 

@@ -3,7 +3,8 @@ import torch
 from support.merging import merge
 
 from ensemerge.errors import InvalidSpec
-from ensemerge.merge.methods.averaging import ema, lawa, normalized, swa, weighted_sum
+from ensemerge.merge.method import Block, NotFinite, Place
+from ensemerge.merge.methods.averaging import WeightedSum, ema, lawa, normalized, swa, weighted_sum
 
 A, B, C = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([3.0, 2.0, -1.0]), torch.tensor([0.0, 6.0, 1.0])
 
@@ -69,3 +70,24 @@ def test_a_weighted_sum_overwrites_its_first_tensor_only() -> None:
     total = weighted_sum([first, second], [2, 1])
     assert total is first
     assert torch.equal(second, B)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-9, 1e30])
+def test_weights_may_be_of_any_size(size: float) -> None:
+    assert normalized([size, 3 * size]) == pytest.approx([0.25, 0.75])
+    with pytest.raises(InvalidSpec, match=r"expected a sum that is not zero"):
+        normalized([size, -size])
+
+
+def test_weights_that_are_all_zero_are_refused() -> None:
+    with pytest.raises(InvalidSpec, match=r"sum to 0"):
+        normalized([0.0, 0.0])
+
+
+def test_a_model_of_coefficient_zero_is_read_too() -> None:
+    models = [torch.tensor([1.0]), torch.tensor([float("nan")])]
+    with pytest.raises(NotFinite):
+        WeightedSum([1.0, 0.0]).combine(Block(Place("w", 0, 1), models), ())
+    # The engine checks only the result of a method that says that it propagates.
+    assert WeightedSum([0.0, 1.0]).combine(Block(Place("w", 0, 1), models[::-1], checked=True), ()).isnan().all()
+    assert WeightedSum([0.0, 1.0]).combine(Block(Place("w", 0, 1), [B[:1], A[:1]]), ()).tolist() == [1]

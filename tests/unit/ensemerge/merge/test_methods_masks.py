@@ -1,9 +1,11 @@
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.merging import Run, merge, run, settings
 
+from ensemerge.merge.methods.masks import Rescalers, tall_mask
 from ensemerge.merge.methods.table import METHODS
 
 TAUS = [torch.tensor([1.0, -2, 3, 0]), torch.tensor([2.0, 1, -1, 0]), torch.tensor([-0.5, -4, 1, 0])]
@@ -43,3 +45,12 @@ def test_a_tall_mask_keeps_what_matters_to_its_task() -> None:
     assert for_task("tall_masks", 0, lambda_=0.6).tolist() == [2.5, -5, 3, 0]
     assert for_task("tall_masks", 0, lambda_=0.7).tolist() == [0, 0, 3, 0]
     assert for_task("tall_masks", 2, lambda_=0.6).tolist() == [0, -5, 0, 0]
+
+
+def test_a_model_that_disagrees_everywhere_is_not_rescaled() -> None:
+    # The first of the rows is Σ |τ_k|, the second what its mask leaves of the elected: nothing for the second model.
+    assert Rescalers().conclude(np.array([[3.0, 2.0], [1.5, 0.0]]), 4, ()) == [2, 1]
+
+
+def test_a_tall_mask_keeps_what_is_exactly_at_its_bound() -> None:
+    assert tall_mask(torch.tensor([1.0, 1.0]), torch.tensor([2.0, 2.5]), 1.0).tolist() == [1, 0]

@@ -1,11 +1,13 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from support.merging import merge
 
-from ensemerge.merge.methods.mergekit import MERGEKIT
-from ensemerge.merge.methods.sce import variance
+from ensemerge.merge.method import Block, Place
+from ensemerge.merge.methods.mergekit import MERGEKIT, floored_energies
+from ensemerge.merge.methods.sce import Energies, SelectAll, energies, variance
 from ensemerge.merge.methods.selective import importance
 
 ZERO = torch.zeros(4)
@@ -80,3 +82,33 @@ def test_sce_does_not_mind_small_updates() -> None:
 def test_equal_models_have_exactly_no_variance() -> None:
     assert variance([torch.full((3,), 0.1) for _ in range(3)]).tolist() == [0, 0, 0]
     torch.testing.assert_close(variance([torch.tensor([1.0]), torch.tensor([4.0])]), torch.tensor([2.25]))
+
+
+def test_importance_is_never_negative() -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(200, 8, generator=generator)
+    model = base + 1e-5 * torch.randn(200, 8, generator=generator)
+    logits, reference = torch.log_softmax(model, -1), torch.log_softmax(base, -1)
+    assert (logits.exp() * (logits - reference)).sum(-1).min() < 0  # so that there is something to clamp
+    assert importance(model, base).min() >= 0
+
+
+def test_sce_keeps_a_model_that_is_alone() -> None:
+    tau = torch.tensor([3.0, -1, 0.5, 0])
+    torch.testing.assert_close(merge("sce", [tau], ZERO, select_topk=0.5), tau)
+    assert torch.equal(merge("sce", [tau], ZERO, table=MERGEKIT, select_topk=0.5), ZERO)
+
+
+@pytest.mark.parametrize("size", [1e-10, 1e-25, 1e-30])
+def test_the_energies_of_very_small_updates_do_not_vanish(size: float) -> None:
+    taus = [torch.tensor([3.0, 1, 0, 0]) * size, torch.tensor([-1.0, 2, 0, 0]) * size]
+    survey = Energies(SelectAll(), energies)
+    found = survey.measure(Block(Place("w", 0, 4), taus, ZERO), ())
+    assert survey.conclude(found, 4, ()) == pytest.approx([2 / 3, 1 / 3])
+
+
+def test_energies_are_means_over_the_tensor() -> None:
+    # mergekit's bound of 1e-6 is one for mean squares: these sum to 4e-7, the squares themselves to 4e-5.
+    survey = Energies(SelectAll(), floored_energies)
+    assert survey.conclude(np.array([3e-5, 1e-5]), 100, ()) == [0.5, 0.5]
+    assert survey.conclude(np.array([3e-5, 1e-5]), 10, ()) == pytest.approx([0.75, 0.25])

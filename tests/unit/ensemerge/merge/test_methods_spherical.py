@@ -7,7 +7,8 @@ import torch
 from support.merging import merge
 
 from ensemerge.errors import InvalidSpec
-from ensemerge.merge.methods.spherical import inner_products, slerp
+from ensemerge.merge.methods.spherical import inner_products, karcher, multislerp, slerp
+from ensemerge.merge.methods.table import METHODS
 
 X, Y = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 3.0])
 P, Q = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([-2.0, 1.0, 0.5, 3.0])
@@ -123,3 +124,27 @@ def test_inner_products_lose_little_over_a_block() -> None:
     rows = [torch.randn(1 << 17, generator=torch.Generator().manual_seed(k)) for k in range(2)]
     exact = np.array([[(a.double() @ b.double()).item() for b in rows] for a in rows])
     assert np.abs(inner_products(rows, (0,)) - exact).max() < 2e-7 * exact.max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_directions_cancel_in_spite_of_rounding(dtype: torch.dtype) -> None:
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(4)).to(dtype)
+    gram = inner_products([x.float(), (-3 * x).float()], (0,))
+    assert multislerp(gram, [0.5, 0.5], 1e-8).tolist() == [0.5, 0.5]
+    assert karcher(gram, 10, 1e-5).tolist() == [0.5, 0.5]
+
+
+def test_small_weights_of_the_sphere_do_not_look_as_if_they_cancelled() -> None:
+    gram = np.eye(2)
+    small, large = (multislerp(gram, [weight, weight], 1e-8) for weight in (1e-5, 0.5))
+    assert small == pytest.approx(large * 2e-5)
+
+
+def test_the_squares_of_very_small_models_do_not_vanish() -> None:
+    gram = inner_products([P * 1e-25, Q * 1e-25], (0,))
+    assert slerp(gram, 0.3) == pytest.approx(slerp(inner_products([P, Q], (0,)), 0.3))
+
+
+def test_the_steps_of_the_karcher_mean_are_bounded() -> None:
+    (steps,) = (p for p in METHODS["karcher"].parameters if p.name == "max_iter")
+    assert steps.high == 10_000

@@ -6,6 +6,7 @@ import torch
 from support.merging import merge
 
 from ensemerge.merge.methods.mergekit import MERGEKIT
+from ensemerge.merge.methods.spherical import inner_products
 from ensemerge.merge.methods.stock import mean_angle, ratio
 
 
@@ -52,3 +53,8 @@ def test_filters_have_ratios_of_their_own(shape: tuple[int, ...], block: int) ->
         rows = [merge("model_stock", [m[i] for m in models], base[i]) for i in range(shape[0])]
         expected = torch.stack(rows)
     torch.testing.assert_close(merged, expected)
+
+
+def test_the_angles_of_very_small_updates_do_not_vanish() -> None:
+    rows = [torch.tensor([1e-25, 0]), torch.tensor([1e-25, 1e-25])]
+    assert mean_angle(inner_products(rows, (0,))) == pytest.approx(math.sqrt(0.5))

@@ -1,10 +1,12 @@
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from support.merging import merge
 
-from ensemerge.merge.methods.subspace import iso_c, iso_cts, orthogonal, tsv_m
+from ensemerge.merge.methods.consensus import AgreeingMean
+from ensemerge.merge.methods.subspace import Knots, MergeMatrices, iso_c, iso_cts, orthogonal, svd, tsv_m
 from ensemerge.merge.methods.table import METHODS
 
 SUBSPACE = ["tsv_m", "iso_c", "iso_cts"]
@@ -110,3 +112,64 @@ def test_knots_trims_the_shared_directions() -> None:
     # V has eight entries, of which two are not zero; a quarter of them keeps both, an eighth one or both, tied.
     torch.testing.assert_close(merge("knots_ties", [a], zero, weight=1.0, density=0.25), a)
     assert torch.equal(merge("knots_ties", [a], zero, weight=1.0, density=0.0), zero)
+
+
+def low_rank(rank: int, seed: int, shape: tuple[int, int] = (64, 64)) -> torch.Tensor:
+    return random(shape[0], rank, seed=seed) @ random(rank, shape[1], seed=seed + 100)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_adapters_in_orthogonal_subspaces_do_not_interfere(dtype: torch.dtype) -> None:
+    left, right = (torch.linalg.qr(random(64, 4, seed=seed)).Q for seed in (0, 1))
+    values = torch.tensor([[3.0, 2.0], [5.0, 1.0]], dtype=torch.float64)
+    taus = [((left[:, k : k + 2] * s) @ right[:, k : k + 2].T).to(dtype) for k, s in zip((0, 2), values, strict=True)]
+    torch.testing.assert_close(tsv_m(taus), taus[0] + taus[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tsv_of_one_adapter_and_nothing_or_itself_is_the_adapter(dtype: torch.dtype) -> None:
+    tau = low_rank(2, 0).to(dtype)
+    for taus in ([tau, torch.zeros_like(tau)], [torch.zeros_like(tau), tau], [tau, tau]):
+        torch.testing.assert_close(tsv_m(taus), tau, rtol=1e-5, atol=1e-5)
+
+
+def test_the_rank_leaves_out_what_is_noise() -> None:
+    eps = torch.finfo(torch.float64).eps
+    assert len(svd(torch.diag(torch.tensor([2.0, 5 * eps, 0, 0], dtype=torch.float64)))[1]) == 1
+    assert len(svd(torch.diag(torch.tensor([2.0, 12 * eps, 0, 0], dtype=torch.float64)))[1]) == 2
+    assert len(svd(torch.zeros(3, 4))[1]) == 0
+
+
+def test_knots_lets_no_noise_vote() -> None:
+    # The second direction is noise beside the first (6 · 10 eps); in it alone the models would disagree.
+    noise = 20 * torch.finfo(torch.float64).eps
+    a, b = rank_one(0, 0, 10) + rank_one(1, 1, noise), rank_one(0, 0, 10)
+    kept = Knots([1.0, 1.0], AgreeingMean([1.0, 1.0]))([a, b])
+    assert kept[1, 1] == 0
+    a[1, 1] = 400 * torch.finfo(torch.float64).eps
+    assert Knots([1.0, 1.0], AgreeingMean([1.0, 1.0]))([a, b])[1, 1] != 0
+
+
+@pytest.mark.parametrize("merge_matrices", [iso_c, partial(iso_cts, common=0.5)])
+def test_isotropic_merges_stay_within_the_rank(merge_matrices: MergeMatrices) -> None:
+    taus = [low_rank(2, seed, (9, 8)) for seed in range(3)]
+    s = torch.linalg.svdvals(merge_matrices(taus))
+    torch.testing.assert_close(s[:6], s[0].expand(6))
+    assert s[6:].max() < 1e-12 * s[0]
+
+
+def test_iso_cts_rounds_the_number_of_own_directions() -> None:
+    # Of rank 8, ⌊0.45 · 8⌋ = 3 would be shared; the other 5 among 3 tasks make 2 for each, and leave 2 shared ones.
+    values = [20.0, 19, 6, 5, 4, 3, 2, 1]
+    axes = [rank_one(i, i, value, (8, 8)) for i, value in enumerate(values)]
+    taus = [(axes[0] + axes[1]) / 3 + axes[2 + 2 * k] + axes[3 + 2 * k] for k in range(3)]
+    expected = torch.eye(8, dtype=torch.float64) * sum(values) / 8
+    torch.testing.assert_close(iso_cts(taus, 0.45), expected)
+
+
+def test_iso_cts_never_gives_out_more_directions_than_there_are() -> None:
+    # A quarter of 7 directions rounds up to 2 for each of four tasks, which would be 8.
+    taus = [rank_one(2 * k, 2 * k, 4.0 - k, (7, 7)) for k in range(4)]
+    taus = [tau + rank_one(i, i, 0.5, (7, 7)) for tau, i in zip(taus, (1, 3, 5, 6), strict=True)]
+    assert iso_cts(taus, 0.0).isfinite().all()
+    assert torch.linalg.matrix_rank(iso_cts(taus, 0.0)) <= 7

@@ -6,8 +6,9 @@ from support.merging import Given, Run, merge, settings
 
 from ensemerge.errors import InvalidSpec
 from ensemerge.merge.draws import KeyedDraws
+from ensemerge.merge.method import Block, Place
 from ensemerge.merge.methods.mergekit import MERGEKIT
-from ensemerge.merge.methods.sparsify import at_least, at_most, rank_probabilities
+from ensemerge.merge.methods.sparsify import Drop, DropByRank, Sparsify, at_least, at_most, rank_probabilities
 from ensemerge.merge.methods.table import METHODS
 
 ZERO = torch.zeros(6)
@@ -208,3 +209,12 @@ def test_blocks_do_not_show(method: str, block: int) -> None:
     cut = merge(method, models, torch.zeros(12, 16), draws=KeyedDraws(5), block_elements=block, **chosen)
     # SCE sums squares, in an order that blocks decide: they depend on the tensor alone in a real merge.
     torch.testing.assert_close(cut, whole, rtol=2e-7 if method == "sce" else 0, atol=0)
+
+
+@pytest.mark.parametrize("step", [Drop((0.0,), KeyedDraws()), DropByRank((0.0,), (0.1,), KeyedDraws())])
+def test_dropping_everything_lets_nan_be_seen(step: Sparsify) -> None:
+    # The engine checks only the result of a method that says that it propagates.
+    block = Block(Place("w", 0, 2), [torch.tensor([[float("nan"), 1.0]])], torch.zeros(1, 2), checked=True)
+    (kept,) = step(block, block.deltas(), ())
+    assert kept[0, 0].isnan()
+    assert kept[0, 1] == 0

@@ -336,3 +336,12 @@ def test_no_part_of_a_recipe_ends_in_another_error(part: dict[Any, Any]) -> None
     body = {"merge_method": "linear", "models": [part, "b"], "parameters": part, "tokenizer": part}
     with pytest.raises(InvalidSpec):
         parse_recipe(body, "recipe.yaml", TABLE)
+
+
+def test_the_mask_that_changes_nothing_may_stand_at_every_level() -> None:
+    mask = {"parameters": {"int8_mask": True}}
+    recipe = parse(merge_method="task", models=[{"model": "a", **mask}], **mask)
+    assert recipe.models[0].parameters == recipe.parameters == {}
+    parse(merge_method="task", slices=[{"sources": [{**SOURCE, **mask}], **mask}])
+    with pytest.raises(InvalidSpec, match="'int8_mask': expected true or false"):
+        parse(merge_method="task", models=[{"model": "a", "parameters": {"int8_mask": "yes"}}])

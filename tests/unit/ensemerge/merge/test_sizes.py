@@ -25,3 +25,10 @@ def test_sizes_are_shown_in_the_largest_unit_that_fits() -> None:
         "5.0 MiB",
         "6.0 GiB",
     ]
+
+
+def test_no_size_is_larger_than_a_file_can_be() -> None:
+    assert parse_size(str(2**63), "--memory") == 2**63
+    for text in ("9" * 400, "9" * 400 + "TB", "9000000TiB"):
+        with pytest.raises(InvalidSpec, match=r"--memory: '9.* is more than any machine has"):
+            parse_size(text, "--memory")

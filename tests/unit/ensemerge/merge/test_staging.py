@@ -15,7 +15,7 @@ import sys, time
 from pathlib import Path
 from ensemerge.merge.staging import staged
 with staged(Path(sys.argv[1]), "one") as staging:
-    (staging.folder / "part").write_text("half")
+    (staging.folder / "part.safetensors").write_text("half")
     staging.add("first")
     print("held", flush=True)
     time.sleep(600)
@@ -61,7 +61,7 @@ def test_what_a_killed_process_wrote_is_gone_on_from(tmp_path: Path) -> None:
     assert not (tmp_path / "merged").exists()
     with staged(tmp_path / "merged", "one") as staging:
         assert (staging.resumed, staging.holds("first"), staging.holds("second")) == (1, True, False)
-        assert (staging.folder / "part").read_text() == "half"
+        assert (staging.folder / "part.safetensors").read_text() == "half"
 
 
 def test_another_merge_begins_anew(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_two_processes_cannot_be_at_it(tmp_path: Path) -> None:
     refused = pytest.raises(InvalidData, match="another process is merging into")
     with another_process(tmp_path / "merged"), refused, staged(tmp_path / "merged", "one"):
         pass
-    assert (tmp_path / ".merged.merging" / "part").exists()
+    assert (tmp_path / ".merged.merging" / "part.safetensors").exists()
 
 
 def test_what_exists_is_never_overwritten(tmp_path: Path) -> None:

@@ -237,3 +237,24 @@ def test_vocabulary_tensors_are_found_by_name_and_rows(
     tmp_path: Path, found: dict[str, tuple[int, ...]], config: dict[str, Any] | None, tensors: tuple[str, ...]
 ) -> None:
     assert model_vocabulary(tmp_path, found, config).tensors == tensors
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("union", None),
+        ("base", None),
+        ("aa", [0, 2, 1, 3]),
+        ("bbb", [0, -1, -1, 1]),
+    ],
+)
+def test_where_the_donors_tokens_went(folder: Path, source: str, expected: list[int] | None) -> None:
+    found = planned(folder, tokenizer_source=source).donor_ids
+    assert (found if found is None else list(found)) == expected
+
+
+def test_padding_of_the_donor_keeps_its_number_unless_a_token_takes_it(folder: Path) -> None:
+    found = planned(folder, base_model="bbb", tokenizer_source="aa").donor_ids
+    # bbb has <unk> z n q <b> and one row of padding, whose number 5 is m's now.
+    assert found is not None and list(found) == [0, 3, 4, -1, -1, -1]
+    assert planned(folder, base_model="aa", models=["aa", "base"], tokenizer_source="aa").donor_ids is None

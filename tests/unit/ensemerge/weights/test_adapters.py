@@ -2,16 +2,19 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.memory import peak_bytes_of
 
 from ensemerge.errors import InvalidData
 from ensemerge.weights import adapters
 from ensemerge.weights.adapters import AdaptedWeights
+from ensemerge.weights.file import WeightFile
 from ensemerge.weights.reader import TensorInfo, WeightReader, read
 from ensemerge.weights.safetensors import SafetensorsWeights
 from ensemerge.weights.torch_files import TorchWeights
@@ -272,3 +275,73 @@ def test_a_quantised_base_is_refused(tmp_path: Path) -> None:
     save_file({"q.weight": torch.ones(ROWS, COLUMNS, dtype=torch.int8)}, tmp_path / "base" / "model.safetensors")
     with pytest.raises(InvalidData, match="before quantisation"):
         AdaptedWeights(SafetensorsWeights(tmp_path / "base"), save_adapter(tmp_path / "adapter", product("q")))
+
+
+VOCABULARY, WIDTH, RANK = 150_000, 16, 64
+
+
+def save_vocabulary(folder: Path, *, embedding: bool) -> AdaptedWeights:
+    """A table of 9 MiB and an adapter of 37 MiB: more rows than a window touches."""
+    (folder / "base").mkdir()
+    save_file({"embed.weight": torch.randn(VOCABULARY, WIDTH)}, folder / "base" / "model.safetensors")
+    high, wide = torch.randn(VOCABULARY, RANK), torch.randn(RANK, WIDTH)
+    tensors = {"embed.lora_A.weight": wide, "embed.lora_B.weight": high}
+    if embedding:
+        tensors = {
+            "embed.lora_embedding_A": high.T.contiguous(),
+            "embed.lora_embedding_B": wide.T.contiguous(),
+        }
+    return AdaptedWeights(
+        SafetensorsWeights(folder / "base"), save_adapter(folder / "adapter", tensors, r=RANK, lora_alpha=RANK)
+    )
+
+
+@pytest.mark.parametrize("embedding", [False, True], ids=["linear", "embedding"])
+def test_only_the_rows_of_a_window_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedding: bool) -> None:
+    reader = save_vocabulary(tmp_path, embedding=embedding)
+    read_bytes = 0
+    window = WeightFile.window
+
+    def counted(file: WeightFile, offset: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+        nonlocal read_bytes
+        read_bytes += count * dtype.itemsize
+        return window(file, offset, count, dtype)
+
+    monkeypatch.setattr(WeightFile, "window", counted)
+    tile = adapters.TILE_ELEMENTS
+    for start in range(0, VOCABULARY * WIDTH, tile):
+        reader.window("embed.weight", start, min(start + tile, VOCABULARY * WIDTH))
+    tiles = -(-VOCABULARY * WIDTH // tile)
+    assert read_bytes == 4 * (VOCABULARY * (WIDTH + RANK) + tiles * WIDTH * RANK)
+
+
+@pytest.mark.parametrize("embedding", [False, True], ids=["linear", "embedding"])
+def test_a_window_takes_no_more_memory_than_is_said(tmp_path: Path, embedding: bool) -> None:
+    reader = save_vocabulary(tmp_path, embedding=embedding)
+    reader.window("embed.weight", 0, 1)  # what a library takes when it is first used
+    for elements in (1000, 300_000, VOCABULARY * WIDTH):
+        said = reader.window_bytes("embed.weight", elements) + 4 * elements
+        start = (VOCABULARY * WIDTH - elements) // 2
+        peak = peak_bytes_of(partial(reader.window, "embed.weight", start, start + elements))
+        assert peak <= said
+    assert reader.window_bytes("embed.weight", 1000) < 4 * VOCABULARY * RANK // 2
+
+
+def test_what_windows_take_of_replaced_and_biased_tensors(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", torch.bfloat16)
+    tensors = product("layers.0.q") | {"head.weight": randn(50, COLUMNS), "layers.0.q.lora_B.bias": randn(ROWS)}
+    reader = AdaptedWeights(base, save_adapter(tmp_path / "adapter", tensors))
+    assert reader.window_bytes("layers.1.q.weight", 10) == 0
+    assert reader.window_bytes("head.weight", 10) == 10 * 4  # as it is in the adapter
+    assert reader.window_bytes("layers.0.q.bias", 10) == 10 * (2 + 4 + 2 * 4)
+    factors = 4 * (ROWS * 4 + 4 * COLUMNS)
+    assert reader.window_bytes("layers.0.q.weight", 10) > factors + adapters.LIBRARY_BYTES
+
+
+@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "bin"])
+def test_an_adapter_adds_its_files_to_the_bases(tmp_path: Path, pickled: bool) -> None:
+    base = save_base(tmp_path / "base")
+    folder = save_adapter(tmp_path / "adapter", product("layers.0.q"), pickled=pickled)
+    weights = folder / ("adapter_model.bin" if pickled else "adapter_model.safetensors")
+    expected = [tmp_path / "base" / "model.safetensors", folder / "adapter_config.json", weights]
+    assert list(AdaptedWeights(base, folder).files) == expected

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,8 @@ def test_a_file_is_known_by_its_name_or_its_first_bytes(tmp_path: Path, name: st
     reader = open_weights(tmp_path / name)
     assert isinstance(reader, kind)
     assert reader.names == ["w"]
+    assert list(reader.files) == [tmp_path / name]
+    assert reader.window_bytes("w", 3) == 0
     if not name.startswith("blob"):
         assert isinstance(open_weights(tmp_path), kind)
 
@@ -97,3 +100,17 @@ def test_nothing_to_open_says_what_was_looked_for(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_text("no graph")
     with pytest.raises(InvalidModel, match="no ONNX model"):
         open_weights(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_checkpoint_in_shards_tells_its_index_and_all_shards(tmp_path: Path, suffix: str) -> None:
+    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    shards = {f"w{k}": f"{stem}-{k}.{suffix}" for k in (1, 2)}
+    for name, shard in shards.items():
+        if suffix == "safetensors":
+            save_file({name: torch.ones(3)}, tmp_path / shard)
+        else:
+            torch.save({name: torch.ones(3)}, tmp_path / shard)
+    index = tmp_path / f"{stem}.{suffix}.index.json"
+    index.write_text(json.dumps({"weight_map": shards}))
+    assert list(open_weights(tmp_path).files) == [index, *(tmp_path / shard for shard in shards.values())]

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.memory import peak_bytes_of
 
 from ensemerge.errors import InvalidData
 from ensemerge.weights import prepared
@@ -161,3 +164,69 @@ def test_preparations_can_be_stacked(weights: SafetensorsWeights) -> None:
     reader = PermutedWeights(CastWeights(weights, torch.float16), {"w": {0: order}})
     reader = PermutedWeights(reader, {"w": {0: np.argsort(order)}})
     assert_windows_agree(reader, "w", read(weights, "w").half())
+
+
+def test_all_files_that_are_read_are_told(weights: SafetensorsWeights, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    save_file({"e": torch.randn(5, 60)}, tmp_path / "other" / "model.safetensors")
+    other = SafetensorsWeights(tmp_path / "other")
+    made = {0: [Row(other, "e", 2), Row(weights, "w", 1)], 1: [Row(other, "e", 1)]}
+    own = tmp_path / "model.safetensors"
+    assert list(RowMappedWeights(weights, {"w": RowMap(np.arange(90), made)}).files) == [
+        own,
+        tmp_path / "other" / "model.safetensors",
+    ]
+    assert list(PermutedWeights(CastWeights(weights, torch.float16), {}).files) == [own]
+
+
+ROWS, WIDTH = 600_000, 16
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> SafetensorsWeights:
+    """Of 37 MiB: what is read of it whole is seen in the process's memory."""
+    folder = tmp_path_factory.mktemp("table")
+    save_file({"t": torch.randn(ROWS, WIDTH)}, folder / "model.safetensors")
+    return SafetensorsWeights(folder)
+
+
+def in_runs(length: int) -> np.ndarray:
+    """Rows that lie together in runs of this length, the runs shuffled."""
+    starts = np.random.default_rng(0).permutation(ROWS // length) * length
+    return (starts[:, None] + np.arange(length)).reshape(-1)
+
+
+PREPARED: dict[str, Callable[[WeightReader], WeightReader]] = {
+    "shuffled rows": lambda inner: PermutedWeights(inner, {"t": {0: in_runs(1)}}),
+    "shuffled columns": lambda inner: PermutedWeights(inner, {"t": {1: shuffled(WIDTH)}}),
+    "both": lambda inner: PermutedWeights(inner, {"t": {0: in_runs(1000), 1: np.tile(shuffled(WIDTH), 2)}}),
+    "mapped rows": lambda inner: RowMappedWeights(inner, {"t": RowMap(in_runs(1))}),
+    "mapped runs": lambda inner: RowMappedWeights(inner, {"t": RowMap(in_runs(1000))}),
+    "a mean": lambda inner: RowMappedWeights(
+        inner, {"t": RowMap(np.arange(ROWS), {300_000: [Row(inner, "t", 1), Row(inner, "t", 7)]})}
+    ),
+    "cast": lambda inner: CastWeights(inner, torch.float16),
+    "a cast table, shuffled": lambda inner: PermutedWeights(CastWeights(inner, torch.float64), {"t": {0: in_runs(1)}}),
+}
+
+
+@pytest.mark.parametrize("prepare", PREPARED.values(), ids=list(PREPARED))
+def test_a_window_takes_no_more_memory_than_is_said(
+    table: SafetensorsWeights, prepare: Callable[[WeightReader], WeightReader]
+) -> None:
+    reader = prepare(table)
+    info = reader.info("t")
+    reader.window("t", 0, 1)
+    for elements in (1000, 200_000, info.numel):
+        said = reader.window_bytes("t", elements) + elements * info.dtype.itemsize
+        start = (info.numel - elements) // 2
+        peak = peak_bytes_of(partial(reader.window, "t", start, start + elements))
+        assert peak <= said + (1 << 19)  # Python's own
+
+
+def test_rows_in_few_runs_are_not_counted_as_the_whole_table(table: SafetensorsWeights) -> None:
+    whole = table.info("t").nbytes
+    for prepare in (PREPARED["both"], PREPARED["mapped runs"]):
+        assert prepare(table).window_bytes("t", 1 << 17) < whole // 4
+    assert PREPARED["mapped rows"](table).window_bytes("t", 1 << 17) > whole
+    assert PREPARED["shuffled rows"](table).window_bytes("t", 1 << 17) > whole

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ensemerge.weights.reader import RenamedWeights, TensorInfo, check_stretch, read, rows_of
+from ensemerge.weights.reader import RenamedWeights, TensorInfo, check_stretch, most_rows, read, rows_of
 from ensemerge.weights.safetensors import SafetensorsWeights
 from ensemerge.weights.torch_files import TorchWeights
 
@@ -42,3 +42,30 @@ def test_a_stretch_outside_a_tensor_is_refused(stretch: tuple[int, int]) -> None
 )
 def test_the_rows_of_a_stretch(shape: tuple[int, ...], start: int, stop: int, rows: tuple[int, int, int]) -> None:
     assert rows_of(TensorInfo(shape, torch.float32), start, stop) == rows
+
+
+@pytest.mark.parametrize(
+    ("shape", "elements", "rows"),
+    [
+        ((4, 3), 3, (2, 3)),
+        ((4, 3), 4, (3, 3)),
+        ((4, 3), 12, (4, 3)),
+        ((5,), 2, (3, 1)),
+        ((), 1, (1, 1)),
+        ((0, 3), 0, (0, 3)),
+    ],
+)
+def test_the_most_rows_of_a_stretch(shape: tuple[int, ...], elements: int, rows: tuple[int, int]) -> None:
+    info = TensorInfo(shape, torch.float32)
+    assert most_rows(info, elements)[0] == rows[0]
+    for start in range(info.numel - elements + 1):
+        first, end, columns = rows_of(info, start, start + elements)
+        assert end - first <= rows[0]
+        assert not info.numel or columns == rows[1]
+
+
+def test_a_renamed_reader_passes_on_files_and_memory(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(3, 4).T}, tmp_path / "m.pt")
+    renamed = RenamedWeights(TorchWeights(tmp_path / "m.pt"), {"x": "a"})
+    assert list(renamed.files) == [tmp_path / "m.pt"]
+    assert renamed.window_bytes("x", 12) == 48  # its rows lie across the whole file

@@ -214,3 +214,25 @@ def test_files_that_were_there_survive_a_full_disk(small_disk: Path) -> None:
     with pytest.raises(InvalidData, match="disk full"):
         SafetensorsWriter(small_disk, layout, shard_bytes=400_000, metadata={})
     assert names(small_disk) == before
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["a file", "nothing"])
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "model.safetensors.index.json"])
+def test_nothing_is_written_through_a_link(tmp_path: Path, name: str, there: bool) -> None:
+    (tmp_path / "out").mkdir()
+    victim = tmp_path / "victim"
+    if there:
+        victim.write_text("mine")
+    (tmp_path / "out" / name).symlink_to(victim)
+    layout = {key: TensorInfo((4,), torch.float32) for key in "ab"}
+    with pytest.raises(InvalidData, match="is a link, and is not written through"):
+        write_two_shards(tmp_path / "out", layout)
+    assert victim.exists() is there
+    assert not there or victim.read_text() == "mine"
+
+
+def write_two_shards(folder: Path, layout: dict[str, TensorInfo]) -> None:
+    writer = SafetensorsWriter(folder, layout, shard_bytes=16, metadata={})
+    for key in layout:
+        writer.write(key, 0, torch.ones(4))
+    writer.close()
