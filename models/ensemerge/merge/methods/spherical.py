@@ -140,9 +140,10 @@ def inner_products(rows: Sequence[torch.Tensor], dim: tuple[int, ...]) -> np.nda
     """
     products: dict[tuple[int, int], np.ndarray] = {}
     wide = [row.double() for row in rows]
-    scratch = torch.empty_like(wide[0])
     for j, k in combinations_with_replacement(range(len(rows)), 2):
-        products[j, k] = torch.mul(wide[j], wide[k], out=scratch).sum(dim).cpu().numpy()
+        # One pass where all is summed; along an axis the products must be there before they are.
+        whole = wide[j].ndim == 1
+        products[j, k] = (wide[j].dot(wide[k]) if whole else wide[j].mul(wide[k]).sum(dim)).cpu().numpy()
     return np.array([[products[min(j, k), max(j, k)] for k in range(len(rows))] for j in range(len(rows))])
 
 
