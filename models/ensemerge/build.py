@@ -28,13 +28,11 @@ from ensemerge.graph.files import batch_input, load, named, save
 from ensemerge.graph.run import Arrays, Runner
 from ensemerge.graph.surgery import with_weights
 from ensemerge.graph.tasks import settle_task
-from ensemerge.merge.checkpoint import methods_of
+from ensemerge.merge.checkpoint import lay_out
 from ensemerge.merge.engine import merge_weights
-from ensemerge.merge.layout import expand
 from ensemerge.merge.methods.table import METHODS
 from ensemerge.merge.onnx_forms import pair_models
 from ensemerge.merge.opened import OpenModel
-from ensemerge.merge.plan import make_outputs
 from ensemerge.merge.recipe import Recipe, parse_model_yaml
 from ensemerge.progress import Notify, silent
 from ensemerge.repository import MODEL_FILE, Check, Manifest, Repository, Spec, Task, Version, parse_reference, sha256
@@ -115,15 +113,12 @@ def _merge(sources: Sequence[Source], recipe: Recipe, notify: Notify) -> ir.Mode
     """The donor's graph with the merged weights of all."""
     opened = {str(reference): source.opened for reference, source in zip(recipe.references(), sources, strict=True)}
     form, models = pair_models(recipe, opened)
-    readers = {name: model.reader for name, model in models.items()}
-    methods = methods_of(recipe)
-    layout = expand(recipe, {name: model.names for name, model in models.items()}, methods)
-    outputs = make_outputs(recipe, layout.tensors, readers, methods)
+    _, outputs = lay_out(recipe, models)
     if len(outputs) > 1:
         raise InvalidSpec(f"'{recipe.method}' makes a model for each task; expected one model: use `ensemerge merge`")
     writer = MemoryWriter(outputs[0].layout)
     merge_weights(outputs[0].jobs, writer, notify=notify)
-    merged = _with_tied(writer.tensors, readers[str(recipe.donor)].ties)
+    merged = _with_tied(writer.tensors, models[str(recipe.donor)].reader.ties)
     return with_weights(form.model, {name: to_array(tensor) for name, tensor in merged.items()})
 
 

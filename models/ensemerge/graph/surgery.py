@@ -18,7 +18,7 @@ def with_weights(model: ir.Model, weights: Weights) -> ir.Model:
     Raises StructureMismatch.
     """
     changed = model.clone()
-    constants = {node.outputs[0].name: node for node in changed.graph if is_constant(node)}
+    constants = constant_nodes(changed)
     for name, array in weights.items():
         node = constants.get(name)
         value = changed.graph.initializers.get(name) if node is None else node.outputs[0]
@@ -43,9 +43,14 @@ def is_constant(node: ir.Node) -> bool:
     return node.op_type == "Constant" and node.domain in ("", "ai.onnx") and "value" in node.attributes
 
 
+def constant_nodes(model: ir.Model) -> dict[str, ir.Node]:
+    """The nodes of the main graph that hold a tensor, by the names of their outputs."""
+    return {node.outputs[0].name or "": node for node in model.graph if is_constant(node)}
+
+
 def held_tensors(model: ir.Model) -> dict[str, ir.TensorProtocol]:
     """Every tensor that the main graph holds, by name: initializers, then Constant nodes."""
-    constants = [node.outputs[0] for node in model.graph if is_constant(node)]
+    constants = (node.outputs[0] for node in constant_nodes(model).values())
     found = {value.name or "": held(value) for value in (*model.graph.initializers.values(), *constants)}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 

@@ -51,21 +51,19 @@ class Merge:
 
 def plan_merge(recipe: Recipe, text: str, library: Library, options: Options) -> Merge:
     """Settle everything from headers. Raises InvalidSpec, InvalidModel, InvalidData, StructureMismatch."""
-    methods = methods_of(recipe)
     models = open_models(recipe, library)
     form, paired = _form(recipe, models, options)
     models, vocabulary = with_vocabulary(recipe, paired, library)
     if recipe.compat:
         models = cast_on_load(models, recipe.dtype)
-    layout = expand(recipe, {name: model.names for name, model in models.items()}, methods)
-    readers = {name: model.reader for name, model in models.items()}
-    outputs = make_outputs(recipe, layout.tensors, readers, methods)
+    layout, outputs = lay_out(recipe, models)
     if isinstance(form, SafetensorsForm) and models[str(recipe.donor)].config is None:
         outputs = tuple(with_tied(output, layout.ties) for output in outputs)
     if options.graph is not None:
         form, outputs = _into_graph(options.graph, models, outputs)
     extra = sum(form.extra_bytes(output) for output in outputs)
-    machine, memory = fit(outputs, readers.values(), options.machine, options.memory_bytes, extra)
+    readers = [model.reader for model in models.values()]
+    machine, memory = fit(outputs, readers, options.machine, options.memory_bytes, extra)
     plan = MergePlan(recipe.method, outputs, machine, memory, _notes(recipe, layout, outputs, models, vocabulary))
     beside = _companions(recipe, text, models, library, outputs, layout, vocabulary)
     settings = (type(form).__name__, options.shard_bytes, options.machine.device.type)
@@ -102,6 +100,14 @@ def _files(models: Mapping[str, OpenModel], options: Options) -> Iterator[Path]:
         yield from (file for file in model.folder.glob("*.json") if file.is_file())
     if options.graph is not None:
         yield options.graph
+
+
+def lay_out(recipe: Recipe, models: Mapping[str, OpenModel]) -> tuple[Layout, tuple[Output, ...]]:
+    """The tensors of the merged model, and the work that makes them. Raises InvalidSpec, a line for each problem."""
+    methods = methods_of(recipe)
+    layout = expand(recipe, {name: model.names for name, model in models.items()}, methods)
+    readers = {name: model.reader for name, model in models.items()}
+    return layout, make_outputs(recipe, layout.tensors, readers, methods)
 
 
 def methods_of(recipe: Recipe) -> Mapping[str, MethodEntry]:

@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 
 from ensemerge.errors import InvalidModel
-from ensemerge.graph.surgery import is_constant
+from ensemerge.graph.surgery import constant_nodes
 from ensemerge.weights.arrays import to_tensor
 from ensemerge.weights.file import WeightFile
 from ensemerge.weights.reader import TensorInfo, check_stretch
@@ -152,11 +152,6 @@ def weight_tensors(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
         yield name, value.const_value
     for name, node in constant_nodes(model).items():
         yield name, node.attributes["value"].as_tensor()
-
-
-def constant_nodes(model: ir.Model) -> dict[str, ir.Node]:
-    """The `Constant` nodes that hold a tensor, by the names of their outputs."""
-    return {node.outputs[0].name or "": node for node in model.graph if is_constant(node)}
 
 
 def _info(name: str, tensor: ir.TensorProtocol) -> TensorInfo:

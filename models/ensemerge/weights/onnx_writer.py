@@ -10,8 +10,9 @@ import onnx_ir as ir
 import torch
 
 from ensemerge.errors import InvalidData, InvalidModel, StructureMismatch
+from ensemerge.graph.surgery import constant_nodes
 from ensemerge.weights.arrays import to_array
-from ensemerge.weights.onnx import DTYPES, OnnxWeights, constant_nodes
+from ensemerge.weights.onnx import DTYPES, OnnxWeights
 from ensemerge.weights.raw import raw_bytes
 from ensemerge.weights.reader import TensorInfo
 from ensemerge.weights.writer import PlacedFile, Progress

@@ -54,10 +54,7 @@ class Unified:
     models: int
     grain: Grain = Grain.ELEMENT
     surveys: Sequence[Survey] = ()
-
-    @property
-    def propagates(self) -> bool:
-        return False
+    propagates: bool = False
 
     @property
     def buffers(self) -> int:
@@ -75,10 +72,7 @@ class Emr:
     models: int
     grain: Grain = Grain.ELEMENT
     surveys: Sequence[Survey] = (Rescalers(),)
-
-    @property
-    def propagates(self) -> bool:
-        return False
+    propagates: bool = False
 
     @property
     def buffers(self) -> int:

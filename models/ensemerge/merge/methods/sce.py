@@ -140,14 +140,11 @@ class Sce:
     elect: Elect = sign
     least: float = TINY
     grain: Grain = Grain.ELEMENT
+    propagates: bool = False
 
     @property
     def surveys(self) -> Sequence[Survey]:
         return (*self.select.surveys, Energies(self.select, self.shares))
-
-    @property
-    def propagates(self) -> bool:
-        return False
 
     @property
     def buffers(self) -> int:

@@ -121,10 +121,7 @@ class Ram:
     models: int
     grain: Grain = Grain.ELEMENT
     surveys: Sequence[Survey] = ()
-
-    @property
-    def propagates(self) -> bool:
-        return False
+    propagates: bool = False
 
     @property
     def buffers(self) -> int:
@@ -161,14 +158,11 @@ class RamPlus:
     amplification: Amplification
     models: int
     grain: Grain = Grain.ELEMENT
+    propagates: bool = False
 
     @property
     def surveys(self) -> Sequence[Survey]:
         return (self.amplification,)
-
-    @property
-    def propagates(self) -> bool:
-        return False
 
     @property
     def buffers(self) -> int:

@@ -133,6 +133,11 @@ def vectors(block: Block) -> list[torch.Tensor]:
     return block.deltas() if block.has_base else block.models()
 
 
+def squared_buffers(models: int) -> int:
+    """The buffers of a method that takes inner products: the vectors, once more in float64, and their scratch."""
+    return 3 * models + 4
+
+
 def inner_products(rows: Sequence[torch.Tensor], dim: tuple[int, ...]) -> np.ndarray:
     """`⟨x_j, x_k⟩` summed over the axes `dim`, `(models, models, …) float64`, computed in float64.
 
@@ -186,18 +191,15 @@ class SphericalSum:
     rule: Rule
     models: int
     grain: Grain = Grain.ELEMENT
+    propagates: bool = False
 
     @property
     def surveys(self) -> Sequence[Survey]:
         return (Arc(self.rule),)
 
     @property
-    def propagates(self) -> bool:
-        return False
-
-    @property
     def buffers(self) -> int:
-        return 3 * self.models + 4  # the vectors, once more in float64 for the inner products, and their scratch
+        return squared_buffers(self.models)
 
     def combine(self, block: Block, findings: Sequence[Any]) -> torch.Tensor:
         return _from_origin(block, weighted_sum(vectors(block), findings[0].tolist()))
@@ -211,14 +213,11 @@ class RowSum:
     models: int
     grain: Grain = Grain.ROW
     surveys: Sequence[Survey] = ()
-
-    @property
-    def propagates(self) -> bool:
-        return False
+    propagates: bool = False
 
     @property
     def buffers(self) -> int:
-        return 3 * self.models + 4  # the vectors, once more in float64 for the inner products, and their scratch
+        return squared_buffers(self.models)
 
     def combine(self, block: Block, findings: Sequence[Any]) -> torch.Tensor:
         rows = vectors(block)
@@ -233,18 +232,15 @@ class ColumnSum:
     rule: Rule
     models: int
     grain: Grain = Grain.FILTER
+    propagates: bool = False
 
     @property
     def surveys(self) -> Sequence[Survey]:
         return (ColumnArcs(self.rule),)
 
     @property
-    def propagates(self) -> bool:
-        return False
-
-    @property
     def buffers(self) -> int:
-        return 3 * self.models + 4  # the vectors, once more in float64 for the inner products, and their scratch
+        return squared_buffers(self.models)
 
     def combine(self, block: Block, findings: Sequence[Any]) -> torch.Tensor:
         return _from_origin(block, _scaled_sum(vectors(block), findings[0][:, None, :]))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ensemerge.merge.method import Block, Grain, Scope, Survey
-from ensemerge.merge.methods.spherical import inner_products
+from ensemerge.merge.methods.spherical import inner_products, squared_buffers
 
 Trust = Callable[[np.ndarray], np.ndarray]
 
@@ -77,18 +77,15 @@ class ModelStock:
     models: int
     trust: Trust = trust
     grain: Grain = Grain.ELEMENT
+    propagates: bool = False
 
     @property
     def surveys(self) -> Sequence[Survey]:
         return (Ratio(self.trust),)
 
     @property
-    def propagates(self) -> bool:
-        return False
-
-    @property
     def buffers(self) -> int:
-        return 3 * self.models + 4  # the task vectors, once more in float64 for the inner products, and their scratch
+        return squared_buffers(self.models)
 
     def combine(self, block: Block, findings: Sequence[Any]) -> torch.Tensor:
         return toward_mean(block.base, block.models(), findings[0])
@@ -102,14 +99,11 @@ class FilterStock:
     trust: Trust = trust
     grain: Grain = Grain.FILTER
     surveys: Sequence[Survey] = ()
-
-    @property
-    def propagates(self) -> bool:
-        return False
+    propagates: bool = False
 
     @property
     def buffers(self) -> int:
-        return 3 * self.models + 4  # the task vectors, once more in float64 for the inner products, and their scratch
+        return squared_buffers(self.models)
 
     def combine(self, block: Block, findings: Sequence[Any]) -> torch.Tensor:
         t = self.trust(inner_products(block.deltas(), (1,)))

@@ -109,10 +109,7 @@ class SubspaceMerge:
     other: MergeMatrices = mean
     grain: Grain = Grain.TENSOR
     surveys: Sequence[Survey] = ()
-
-    @property
-    def propagates(self) -> bool:
-        return False
+    propagates: bool = False
 
     @property
     def buffers(self) -> int:
