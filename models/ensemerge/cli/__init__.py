@@ -5,8 +5,9 @@ Each package registers its commands in the group `ensemerge.commands`, with the 
 
 from __future__ import annotations
 
+import gc
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points
 
 from ensemerge import __version__
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(entry: EntryPoint, words: Sequence[str]) -> int:
     try:
-        command = entry.load()
+        command = _load(entry)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in OURS:
             raise
@@ -54,9 +55,20 @@ def _run(entry: EntryPoint, words: Sequence[str]) -> int:
         )
         return 2
     try:
-        return int(command(words))
+        return command(words)
     except KeyboardInterrupt:
         return 130
+
+
+def _load(entry: EntryPoint) -> Callable[[Sequence[str]], int]:
+    """Import a command. Modules live as long as the process: not collecting them saves a quarter of torch's start."""
+    gc.disable()
+    try:
+        command: Callable[[Sequence[str]], int] = entry.load()
+        return command
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _usage(commands: dict[str, EntryPoint]) -> str:

@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import torch
 
@@ -43,7 +42,19 @@ def test_certainties() -> None:
     assert not keep(probability=0.0).any()
 
 
-def test_words_are_the_generators_own() -> None:
-    words = KeyedDraws()._words(Place("w", 0, 8), 0, 8)
-    assert len(np.unique(words)) == 8
-    assert words.dtype == np.int32
+def test_lower_bits_decide_where_the_upper_ones_do_not() -> None:
+    """Of the elements whose upper bits are those of the limit, half lie below the middle of that step."""
+    count = 1 << 23
+    place = Place("w", 0, count)
+    low, middle, high = (KeyedDraws().keep(place, 0, p / 2**17, count) for p in (2**16, 2**16 + 1, 2**16 + 2))
+    tied = int((high & ~low).sum())
+    assert 64 < tied < 192  # 128 on average
+    assert 0.3 < int((middle & ~low).sum()) / tied < 0.7
+    assert not (low & ~middle).any()
+
+
+def test_one_probability_and_one_for_each_element_agree_on_lower_bits() -> None:
+    count, probability = 1 << 22, 0.5 + 2**-17
+    place = Place("w", 3, count + 3)
+    each = KeyedDraws().keep(place, 0, torch.full((count,), probability, dtype=torch.float64), count)
+    assert torch.equal(each, KeyedDraws().keep(place, 0, probability, count))
