@@ -1,0 +1,1 @@
+"""Put the units of networks into correspondence: how alike they are, and which belong together."""
