@@ -1,0 +1,1 @@
+"""Mode connectivity: what lies between two networks."""
