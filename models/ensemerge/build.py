@@ -8,11 +8,10 @@ Each kind that is built rather than exported has one function in `BUILDERS`.
 from __future__ import annotations
 
 import contextlib
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
@@ -22,12 +21,16 @@ from ensemerge import __version__
 from ensemerge.ensemble.combiners import COMBINERS, OUTPUT
 from ensemerge.ensemble.compiler import BATCHES, EMITTERS, Member, fuse, prove
 from ensemerge.ensemble.spec import parse_ensemble
-from ensemerge.errors import InvalidData, InvalidModel, InvalidSpec
+from ensemerge.errors import InvalidModel, InvalidSpec
 from ensemerge.fields import suggest
+from ensemerge.graph.feeds import read_arrays
 from ensemerge.graph.files import batch_input, load, named, save
 from ensemerge.graph.run import Arrays, Runner
+from ensemerge.graph.statistics import statistics_of
 from ensemerge.graph.surgery import with_weights
 from ensemerge.graph.tasks import settle_task
+from ensemerge.merge.alignment import align_models
+from ensemerge.merge.alignment_spec import ZIP
 from ensemerge.merge.checkpoint import lay_out
 from ensemerge.merge.engine import merge_weights
 from ensemerge.merge.methods.table import METHODS
@@ -37,8 +40,11 @@ from ensemerge.merge.recipe import Recipe, parse_model_yaml
 from ensemerge.progress import Notify, silent
 from ensemerge.repository import MODEL_FILE, Check, Manifest, Repository, Spec, Task, Version, parse_reference, sha256
 from ensemerge.restore.batch_norm import restore_batch_norm
+from ensemerge.restore.choose import restore
+from ensemerge.restore.repair import repair
 from ensemerge.weights.arrays import to_array
 from ensemerge.weights.onnx import OnnxWeights
+from ensemerge.weights.reader import WeightReader, read
 from ensemerge.weights.writer import MemoryWriter
 
 # As many as the largest batch on which an ensemble is compared with its members.
@@ -76,18 +82,13 @@ def _build_merge(repository: Repository, spec: Spec, folder: Path, notify: Notif
     recipe = parse_model_yaml(spec, METHODS)
     sources = _open_sources(repository, [str(reference) for reference in recipe.references()], spec)
     task = settle_task(spec.task, sources[0].model) if spec.task else _common_task(sources)
-    merged = _merge(sources, recipe, notify)
-    checks: list[Check] = []
-    inputs: dict[str, str] = {}
-    if recipe.calibration is not None:
-        data = repository.folder(spec.name) / recipe.calibration.data
-        restored = restore_batch_norm(merged, read_arrays(data), notify)
-        merged = restored.model
-        checks.append(restored.check)
-        inputs[f"{spec.name}/{recipe.calibration.data}"] = sha256(data)
+    data = None if recipe.calibration is None else repository.folder(spec.name) / recipe.calibration.data
+    feeds = None if data is None else read_arrays(data)
+    merged, checks, figures = _Merging(sources, recipe, feeds, notify).merged()
+    inputs = {} if data is None else {f"{spec.name}/{data.name}": sha256(data)}
     save(merged, folder / MODEL_FILE)
     _try_out(folder / MODEL_FILE, merged)
-    return _manifest(spec, task, sources, checks, inputs)
+    return _manifest(spec, task, sources, checks, inputs, figures)
 
 
 def _common_task(sources: Sequence[Source]) -> Task | None:
@@ -109,17 +110,89 @@ def _try_out(path: Path, model: ir.Model) -> None:
         runner.run(_probe(model))
 
 
-def _merge(sources: Sequence[Source], recipe: Recipe, notify: Notify) -> ir.Model:
-    """The donor's graph with the merged weights of all."""
-    opened = {str(reference): source.opened for reference, source in zip(recipe.references(), sources, strict=True)}
-    form, models = pair_models(recipe, opened)
-    _, outputs = lay_out(recipe, models)
-    if len(outputs) > 1:
-        raise InvalidSpec(f"'{recipe.method}' makes a model for each task; expected one model: use `ensemerge merge`")
-    writer = MemoryWriter(outputs[0].layout)
-    merge_weights(outputs[0].jobs, writer, notify=notify)
-    merged = _with_tied(writer.tensors, models[str(recipe.donor)].reader.ties)
-    return with_weights(form.model, {name: to_array(tensor) for name, tensor in merged.items()})
+class _Merging:
+    """A merge on its way from its sources to the graph with the merged weights."""
+
+    def __init__(self, sources: Sequence[Source], recipe: Recipe, feeds: Arrays | None, notify: Notify) -> None:
+        opened = {str(name): source.opened for name, source in zip(recipe.references(), sources, strict=True)}
+        self._paired = pair_models(recipe, opened)
+        self._recipe = recipe
+        self._feeds = feeds
+        self._notify = notify
+
+    def merged(self) -> tuple[ir.Model, list[Check], dict[str, float]]:
+        """The donor's graph with the merged weights of all, what was proved on the way, and what was measured."""
+        alignment = self._recipe.alignment
+        if alignment is None:
+            model, checks = self._restored(self._paired.models)
+            return model, checks, {}
+        score = None if self._feeds is None else self._score
+        aligned = align_models(self._paired, alignment, self._feeds, score, self._notify)
+        model, checks = self._restored(aligned.models)
+        figures = {"similarity": aligned.similarity, "exact": float(aligned.exact)}
+        figures |= {} if aligned.alpha is None else {"alpha": aligned.alpha}
+        figures |= {} if self._feeds is None else {"distance_to_mean_answer": self._distance(model)}
+        return model, [*aligned.checks, *checks], figures
+
+    def _restored(self, models: Mapping[str, OpenModel]) -> tuple[ir.Model, list[Check]]:
+        merged = self._combined(models)
+        calibration = self._recipe.calibration
+        if calibration is None or self._feeds is None:
+            return merged, []
+        if calibration.restore == "batch_norm":
+            restored = restore_batch_norm(merged, self._feeds, self._notify)
+            return restored.model, [restored.check]
+        return self._repaired(merged, models, always=calibration.restore == "repair")
+
+    def _repaired(
+        self, merged: ir.Model, models: Mapping[str, OpenModel], *, always: bool
+    ) -> tuple[ir.Model, list[Check]]:
+        """Channels get back the moments of their parents', which therefore have to be in the merged order."""
+        assert self._feeds is not None  # asked for with calibration data alone
+        alignment = self._recipe.alignment
+        if alignment is not None and alignment.matching == ZIP and not statistics_of(merged):
+            raise InvalidSpec(
+                "a zip has no parents in one order whose moments REPAIR could give it; expected `matching: align`, "
+                "or networks with BatchNormalization"
+            )
+        parents = [self._in_form(model.reader) for model in models.values()]
+        mend = repair if always else restore
+        restored = mend(merged, parents, self._feeds, self._notify)
+        return restored.model, [restored.check]
+
+    def _in_form(self, reader: WeightReader) -> ir.Model:
+        """The donor's graph with the weights of another model."""
+        weights = {name: to_array(read(reader, name)) for name in reader.names}
+        return with_weights(self._paired.form.model, weights)
+
+    def _combined(self, models: Mapping[str, OpenModel]) -> ir.Model:
+        _, outputs = lay_out(self._recipe, models)
+        if len(outputs) > 1:
+            raise InvalidSpec(
+                f"'{self._recipe.method}' makes a model for each task; expected one model: use `ensemerge merge`"
+            )
+        writer = MemoryWriter(outputs[0].layout)
+        merge_weights(outputs[0].jobs, writer, notify=self._notify)
+        merged = _with_tied(writer.tensors, models[self._paired.donor].reader.ties)
+        return with_weights(self._paired.form.model, {name: to_array(tensor) for name, tensor in merged.items()})
+
+    def _score(self, models: Mapping[str, OpenModel]) -> float:
+        """Without labels, the better merge is the one that answers more like its parents do on average."""
+        return -self._distance(self._restored(models)[0])
+
+    def _distance(self, merged: ir.Model) -> float:
+        """How far the merged network's answers to the calibration data are from the mean of its parents', next to it.
+
+        The parents may call their outputs differently; they come in one order.
+        """
+        assert self._feeds is not None  # asked for with calibration data alone
+        answers = [list(Runner(graph).run(self._feeds).values()) for graph in self._paired.graphs.values()]
+        got = Runner(merged).run(self._feeds).values()
+        gaps, sizes = 0.0, 0.0
+        for values, *theirs in zip(got, *answers, strict=True):
+            mean = np.mean(theirs, axis=0)
+            gaps, sizes = gaps + float(((values - mean) ** 2).sum()), sizes + float((mean**2).sum())
+        return float(np.sqrt(gaps / sizes)) if sizes else 0.0
 
 
 def _with_tied(tensors: Mapping[str, torch.Tensor], ties: Mapping[str, str]) -> dict[str, torch.Tensor]:
@@ -144,15 +217,6 @@ BUILDERS: Mapping[str, Callable[[Repository, Spec, Path, Notify], Manifest]] = {
     "merge": _build_merge,
     "ensemble": _build_ensemble,
 }
-
-
-def read_arrays(path: Path) -> Arrays:
-    """The arrays of an .npz file by name, never pickled objects. Raises InvalidData."""
-    try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise InvalidData(f"{path} is no .npz of plain arrays that can be read: {error}") from error
 
 
 def _open_sources(repository: Repository, references: Sequence[str], spec: Spec) -> list[Source]:
@@ -195,7 +259,12 @@ def _probe(model: ir.Model) -> Arrays:
 
 
 def _manifest(
-    spec: Spec, task: Task | None, sources: Sequence[Source], checks: Sequence[Check], inputs: Mapping[str, str]
+    spec: Spec,
+    task: Task | None,
+    sources: Sequence[Source],
+    checks: Sequence[Check],
+    inputs: Mapping[str, str],
+    figures: Mapping[str, float] = MappingProxyType({}),
 ) -> Manifest:
     hashes = {name: value for source in sources for name, value in source.version.hashes().items()}
     return Manifest(
@@ -205,5 +274,6 @@ def _manifest(
         recipe=dict(spec.body),
         checks=tuple(checks),
         members=tuple(source.version.label for source in sources),
+        figures=dict(figures),
         made_by=f"ensemerge {__version__}",
     )

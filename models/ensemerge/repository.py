@@ -102,7 +102,10 @@ class Check:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Where a version comes from. `inputs` and `files` map a name to the SHA-256 of its bytes."""
+    """Where a version comes from. `inputs` and `files` map a name to the SHA-256 of its bytes.
+
+    `checks` are promises that were kept; `figures` what was measured without a promise.
+    """
 
     kind: str
     task: Task | None
@@ -112,6 +115,7 @@ class Manifest:
     checks: tuple[Check, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
     members: tuple[str, ...] = ()
+    figures: Mapping[str, float] = field(default_factory=dict)
     made_by: str = ""
 
     def to_json(self) -> str:
@@ -132,6 +136,7 @@ class Manifest:
             checks=tuple(_check(check, f"{path}: checks") for check in checks),
             files=fields.take("files", dict, {}),
             members=tuple(str(name) for name in fields.take("members", list, [])),
+            figures=fields.take("figures", dict, {}),
             made_by=fields.take("made_by", str, ""),
         )
         fields.finish()

@@ -16,7 +16,8 @@ from ensemerge.repository import Check, Repository, Task, sha256
 
 MEMBERS = ("digits-a", "digits-b", "digits-c")
 STRANGERS = ("digits-x", "digits-y")
-ENSEMBLE, MERGED, COLLAPSED, EXPERIMENT = "digits-ensemble", "digits-merged", "digits-collapsed", "digits"
+ENSEMBLE, MERGED, EXPERIMENT = "digits-ensemble", "digits-merged", "digits"
+COLLAPSED, ALIGNED = "digits-collapsed", "digits-aligned"
 CALIBRATION = "calibration.npz"
 CALIBRATION_SEED = 31
 UNIT = "user_id"
@@ -30,7 +31,15 @@ SPECS: dict[str, dict[str, object]] = {
         "calibration": {"data": CALIBRATION, "restore": "batch_norm"},
     },
     COLLAPSED: {"kind": "merge", "merge_method": "linear", "models": [{"model": name} for name in STRANGERS]},
+    ALIGNED: {
+        "kind": "merge",
+        "merge_method": "mudsc",
+        "models": [{"model": name} for name in STRANGERS],
+        "parameters": {"alpha": 0.5},
+        "calibration": {"data": CALIBRATION, "restore": "batch_norm"},
+    },
 }
+CALIBRATED = (MERGED, ALIGNED)
 EXPERIMENT_SPEC: dict[str, object] = {
     "kind": "experiment",
     "arms": {"ensemble": {"model": ENSEMBLE, "weight": 50}, "merged": {"model": MERGED, "weight": 50}},
@@ -101,15 +110,16 @@ def _is_built(repository: Repository, name: str) -> bool:
     if not repository.versions(name):
         return False
     manifest = repository.version(name).manifest
-    hashes = {CALIBRATION: sha256(repository.folder(name) / CALIBRATION)} if name == MERGED else {}
+    hashes = {CALIBRATION: sha256(repository.folder(name) / CALIBRATION)} if name in CALIBRATED else {}
     inputs = {f"{name}/{file}": digest for file, digest in hashes.items()}
-    for source in MEMBERS if name != COLLAPSED else STRANGERS:
+    for source in STRANGERS if name in (COLLAPSED, ALIGNED) else MEMBERS:
         inputs |= repository.version(source).hashes()
     return manifest is not None and (manifest.recipe, manifest.inputs) == (spec.body, inputs)
 
 
 def _write_calibration(repository: Repository, images: Images) -> None:
-    """Unlabelled inputs like those the merged model will see: training images, distorted as traffic is."""
+    """Unlabelled inputs like those the merged models will see: training images, distorted as traffic is."""
     generator = torch.Generator().manual_seed(CALIBRATION_SEED)
     pixels = TRAFFIC(images.pixels, generator).numpy()
-    np.savez(repository.folder(MERGED) / CALIBRATION, image=pixels)
+    for name in CALIBRATED:
+        np.savez(repository.folder(name) / CALIBRATION, image=pixels)

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ensemerge.errors import InvalidSpec
+from ensemerge.merge.alignment_spec import Alignment
 from ensemerge.merge.companions import Facts, write_companions
 from ensemerge.merge.engine import Journal, Machine, merge_weights
 from ensemerge.merge.forms import Form, SafetensorsForm
@@ -25,6 +27,9 @@ from ensemerge.merge.staging import staged
 from ensemerge.merge.vocabulary import VocabularyPlan, tokenizers_agree
 from ensemerge.progress import Notify, silent
 from ensemerge.weights.writer import TensorWriter
+
+if TYPE_CHECKING:
+    from ensemerge.merge.onnx_forms import PairedModels
 
 SHARD_BYTES = 5_000_000_000
 
@@ -52,7 +57,7 @@ class Merge:
 def plan_merge(recipe: Recipe, text: str, library: Library, options: Options) -> Merge:
     """Settle everything from headers. Raises InvalidSpec, InvalidModel, InvalidData, StructureMismatch."""
     models = open_models(recipe, library)
-    form, paired = _form(recipe, models, options)
+    form, paired, proved = _form(recipe, models, library, options)
     models, vocabulary = with_vocabulary(recipe, paired, library)
     if recipe.compat:
         models = cast_on_load(models, recipe.dtype)
@@ -64,7 +69,8 @@ def plan_merge(recipe: Recipe, text: str, library: Library, options: Options) ->
     extra = sum(form.extra_bytes(output) for output in outputs)
     readers = [model.reader for model in models.values()]
     machine, memory = fit(outputs, readers, options.machine, options.memory_bytes, extra)
-    plan = MergePlan(recipe.method, outputs, machine, memory, _notes(recipe, layout, outputs, models, vocabulary))
+    notes = (*proved, *_notes(recipe, layout, outputs, models, vocabulary))
+    plan = MergePlan(recipe.method, outputs, machine, memory, notes)
     beside = _companions(recipe, text, models, library, outputs, layout, vocabulary)
     settings = (type(form).__name__, options.shard_bytes, options.machine.device.type)
     return Merge(plan, form, fingerprint(recipe, outputs, _files(models, options), *settings), beside)
@@ -119,15 +125,34 @@ def methods_of(recipe: Recipe) -> Mapping[str, MethodEntry]:
     return MERGEKIT
 
 
-def _form(recipe: Recipe, models: Mapping[str, OpenModel], options: Options) -> tuple[Form, Mapping[str, OpenModel]]:
+def _form(
+    recipe: Recipe, models: Mapping[str, OpenModel], library: Library, options: Options
+) -> tuple[Form, Mapping[str, OpenModel], Sequence[str]]:
+    """The form of the output, the models as they are merged, and what was proved of them."""
     if any(model.onnx is not None for model in models.values()):
         # Half a second of imports that a merge of safetensors need not spend.
         from ensemerge.merge.onnx_forms import pair_models
 
-        return pair_models(recipe, models)
-    if recipe.calibration is not None:
-        raise InvalidSpec("`calibration` needs a graph; merge ONNX models as `kind: merge` with `ensemerge build`")
-    return SafetensorsForm(options.shard_bytes), models
+        paired = pair_models(recipe, models)
+        if recipe.alignment is None:
+            return paired.form, paired.models, ()
+        return paired.form, *_aligned(paired, recipe.alignment, recipe, library)
+    for key in ("calibration", "alignment"):
+        if getattr(recipe, key) is not None:
+            raise InvalidSpec(f"{key} needs a graph; merge ONNX models, with `ensemerge build` as `kind: merge`")
+    return SafetensorsForm(options.shard_bytes), models, ()
+
+
+def _aligned(
+    paired: PairedModels, alignment: Alignment, recipe: Recipe, library: Library
+) -> tuple[Mapping[str, OpenModel], Sequence[str]]:
+    from ensemerge.graph.feeds import read_arrays
+    from ensemerge.merge.alignment import align_models
+
+    feeds = None if recipe.calibration is None else read_arrays(library.folder / recipe.calibration.data)
+    aligned = align_models(paired, alignment, feeds)
+    proved = [f"{check.name}: {check.detail} is {check.difference:.1e}" for check in aligned.checks]
+    return aligned.models, proved
 
 
 def _into_graph(

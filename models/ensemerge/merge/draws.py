@@ -38,12 +38,12 @@ class KeyedDraws:
 
     def keep(self, place: Place, model: int, probability: torch.Tensor | float, count: int) -> torch.Tensor:
         upper = self._upper(place, model, count)
-        limits = probability.double().cpu().numpy() if isinstance(probability, torch.Tensor) else np.float64(probability)
-        whole = np.floor(limits * 2.0**16).astype(np.int32)
-        # One limit is compared in the words' own type, which is several times faster.
-        kept = upper < (whole if whole.ndim else int(whole))
-        for at in np.flatnonzero(upper == (whole if whole.ndim else int(whole))):
-            limit = float(limits[at] if whole.ndim else limits)
+        # One limit stays a number of Python's: then the words are compared in their own type, several times faster.
+        limits = probability.double().cpu().numpy() if isinstance(probability, torch.Tensor) else np.array(probability)
+        whole = np.floor(limits * 2.0**16).astype(np.int32) if limits.ndim else int(limits * 2**16)
+        kept = upper < whole
+        for at in np.flatnonzero(upper == whole):
+            limit = float(limits[at] if limits.ndim else limits)
             kept[at] = self._number(place, model, int(at), int(upper[at])) < limit
         return torch.from_numpy(kept).to(place.device)
 

@@ -41,8 +41,22 @@ class OnnxForm:
         return 0
 
 
-def pair_models(recipe: Recipe, models: Mapping[str, OpenModel]) -> tuple[OnnxForm, dict[str, OpenModel]]:
-    """The form of a merge of ONNX models, and the models under the names of the donor's weights.
+@dataclass(frozen=True)
+class PairedModels:
+    """ONNX models of one architecture: the graph of the donor, and all under the names of its weights.
+
+    `graphs` and `pairings` lead from each model's name to its graph, and to what the donor's values are there.
+    """
+
+    donor: str
+    form: OnnxForm
+    models: Mapping[str, OpenModel]
+    graphs: Mapping[str, ir.Model]
+    pairings: Mapping[str, Pairs]
+
+
+def pair_models(recipe: Recipe, models: Mapping[str, OpenModel]) -> PairedModels:
+    """Pair the weights of ONNX models by the structure of their graphs.
 
     Raises InvalidSpec where other models are among them or the recipe takes the graph apart, StructureMismatch where
     the graphs differ.
@@ -61,7 +75,8 @@ def pair_models(recipe: Recipe, models: Mapping[str, OpenModel]) -> tuple[OnnxFo
         names = {named(weight): named(pairings[name][weight]) for weight in weights}
         paired[name] = replace(model, reader=RenamedWeights(model.reader, names))
     _refuse_other_dtypes(recipe, paired[donor].reader)
-    return OnnxForm(graphs[donor], _onnx_file(donor, models[donor])), paired
+    form = OnnxForm(graphs[donor], _onnx_file(donor, models[donor]))
+    return PairedModels(donor, form, paired, graphs, pairings)
 
 
 def _paired(donor: str, name: str, graphs: Mapping[str, ir.Model]) -> Pairs:

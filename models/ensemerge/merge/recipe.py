@@ -20,6 +20,7 @@ from typing import Any, Protocol, TypeVar
 
 from ensemerge.errors import InvalidSpec
 from ensemerge.fields import Fields, checked, describe, suggest
+from ensemerge.merge.alignment_spec import Alignment, split_alignment
 from ensemerge.merge.chat_templates import CHAT_TEMPLATES
 from ensemerge.merge.parameters import Condition, Declaration, Settings, parse_settings
 from ensemerge.merge.problems import Problems
@@ -29,11 +30,12 @@ from ensemerge.repository import Spec, is_name
 
 T = TypeVar("T")
 
-RESTORERS = ("batch_norm",)
+RESTORERS = ("batch_norm", "repair", "auto")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 COMPATIBLE = ("mergekit",)
 TENSORS = ("all", "intersection", "union")
 TOKENIZER_SOURCES = ("union", "base")
+WEIGHT_OF_ONE: Settings = {"weight": (Condition(None, 1.0),)}
 SHORTEST_TEMPLATE = 20  # what is shorter is a name, misspelt
 
 
@@ -129,6 +131,7 @@ class Recipe:
     seed: int = 0
     tensors: str = "all"
     calibration: Calibration | None = None
+    alignment: Alignment | None = None
     defaults: Settings = field(default_factory=dict)  # what holds where the recipe says nothing
     body: Mapping[str, Any] = field(default_factory=dict, compare=False)  # as it was written
 
@@ -196,8 +199,9 @@ def _ordered(recipes: Sequence[Recipe], where: str) -> list[Recipe]:
 
 def parse_recipe(body: object, where: str, methods: Mapping[str, Declared] | None = None) -> Recipe:
     """Read one recipe. Raises InvalidSpec with a line for each problem."""
-    recipe = _Parser(where, methods).recipe(Fields(body, where))
-    return replace(recipe, body=body if isinstance(body, Mapping) else {})
+    rest, alignment = split_alignment(body, where)
+    recipe = _Parser(where, methods).recipe(Fields(rest, where, taken=("align",)))
+    return replace(recipe, alignment=alignment, body=body if isinstance(body, Mapping) else {})
 
 
 def parse_model_yaml(spec: Spec, methods: Mapping[str, Declared] | None = None) -> Recipe:
@@ -205,9 +209,9 @@ def parse_model_yaml(spec: Spec, methods: Mapping[str, Declared] | None = None) 
 
     Raises InvalidSpec with a line for each problem.
     """
-    body = {"merge_method": "linear", **spec.body}
-    recipe = _Parser(spec.where, methods).recipe(Fields(body, spec.where, taken=("kind", "task")))
-    return replace(recipe, defaults={"weight": (Condition(None, 1.0),)}, body=spec.body)
+    body, alignment = split_alignment({"merge_method": "linear", **spec.body}, spec.where)
+    recipe = _Parser(spec.where, methods).recipe(Fields(body, spec.where, taken=("kind", "task", "align")))
+    return replace(recipe, alignment=alignment, defaults=WEIGHT_OF_ONE, body=spec.body)
 
 
 class _Parser:

@@ -8,6 +8,7 @@ from enum import Enum
 from functools import partial
 from typing import Any
 
+from ensemerge.merge.alignment_spec import ALIGNING
 from ensemerge.merge.draws import Draws
 from ensemerge.merge.method import Method
 from ensemerge.merge.methods import averaging, masks, selective, spherical, subspace
@@ -235,8 +236,12 @@ RAM_PLUS = [Parameter("r", float, 0.1, low=0), Parameter("alpha", float, 0.2, lo
 BETA = Parameter("beta", float, low=0, high=1)
 KNOTS = [WEIGHT, DENSITY, LAMBDA]
 
+LINEAR = MethodEntry(_linear, [WEIGHT, Parameter("normalize", bool, True)])
+
 METHODS: Mapping[str, MethodEntry] = {
-    "linear": MethodEntry(_linear, [WEIGHT, Parameter("normalize", bool, True)]),
+    "linear": LINEAR,
+    # Of networks whose units are brought into one order first.
+    **dict.fromkeys(ALIGNING, LINEAR),
     "uniform_soup": MethodEntry(lambda s: WeightedSum(averaging.uniform(s.count)), []),
     "swa": MethodEntry(
         lambda s: WeightedSum(averaging.swa(s.count, s.shared["start"])), [Parameter("start", int, 0, low=0)]

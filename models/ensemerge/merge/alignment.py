@@ -1,0 +1,243 @@
+"""Bring the networks of a merge into one order before their weights meet, and prove that each is still itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from ensemerge.align.activations import Observed, correlate
+from ensemerge.align.matching import Matching, Search, match_all
+from ensemerge.align.prepare import MixedWeights, MovedWeights
+from ensemerge.align.proof import permuted, prove_same
+from ensemerge.align.similarity import (
+    Balanced,
+    Similarity,
+    SortedWeights,
+    Tables,
+    WeightCorrelations,
+    WeightProducts,
+)
+from ensemerge.align.zipping import Zip, ZipSettings, correlations_of, zip_networks, zippable
+from ensemerge.errors import InvalidSpec
+from ensemerge.graph.derive import derive_symmetry
+from ensemerge.graph.files import named
+from ensemerge.graph.permute import Weights, move, random_permutations
+from ensemerge.graph.run import Arrays
+from ensemerge.graph.statistics import statistics_of
+from ensemerge.graph.surgery import held
+from ensemerge.graph.symmetry import Permutations
+from ensemerge.graph.trace import ROWS, SIZES, made_up
+from ensemerge.merge.alignment_spec import ACTIVATIONS, BOTH, WEIGHTS, ZIP, Alignment
+from ensemerge.merge.onnx_forms import PairedModels
+from ensemerge.merge.opened import OpenModel
+from ensemerge.progress import Notify, silent
+from ensemerge.repository import Check
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """The models of a merge in one order, what was proved of each, and how alike they were found.
+
+    `exact` says whether each network still computes what it did: a zip does not keep that. `alpha` and `scores` are
+    those of a search.
+    """
+
+    models: Mapping[str, OpenModel]
+    checks: tuple[Check, ...]
+    similarity: float
+    exact: bool
+    alpha: float | None = None
+    scores: Mapping[float, float] = field(default_factory=dict)
+
+
+# How good the networks of a merge are for it, once they are aligned: larger is better.
+Score = Callable[[Mapping[str, OpenModel]], float]
+ALPHAS = tuple(round(0.1 * step, 1) for step in range(11))
+
+
+def align_models(
+    paired: PairedModels,
+    alignment: Alignment,
+    feeds: Arrays | None = None,
+    score: Score | None = None,
+    notify: Notify = silent,
+) -> Aligned:
+    """Match the units of all models to those of the donor.
+
+    `feeds` is unlabelled data, arrays `(rows, …)` by input name, which similarity by activations needs; `score` says
+    how good a merge of aligned models would be, which the search for an `alpha` needs. Raises InvalidSpec without
+    them, InvalidData where data or weights do not fit, CheckFailed where a network changes.
+    """
+    networks = _Networks(paired, feeds)
+    make = networks.zipped if alignment.matching == ZIP else networks.aligned
+    if alignment.by != BOTH or alignment.alpha is not None:
+        return make(alignment, notify)
+    if score is None:
+        raise InvalidSpec("`alpha: auto` needs a merge to be judged: expected a `kind: merge` with calibration data")
+    scores: dict[float, float] = {}
+    for number, alpha in enumerate(ALPHAS):
+        scores[alpha] = score(make(replace(alignment, alpha=alpha), notify).models)
+        notify("search alpha", number + 1, len(ALPHAS))
+    best = max(scores, key=lambda alpha: scores[alpha])
+    return replace(make(replace(alignment, alpha=best), notify), alpha=best, scores=scores)
+
+
+class _Networks:
+    """The networks as alignment sees them: one symmetry, and the weights of all under the donor's names."""
+
+    def __init__(self, paired: PairedModels, feeds: Arrays | None) -> None:
+        self._paired = paired
+        self._feeds = feeds
+        self._names = [paired.donor, *(name for name in paired.models if name != paired.donor)]
+        graph = paired.graphs[paired.donor]
+        tensors = {name: _tensors(paired, name) for name in self._names}
+        self.symmetry = derive_symmetry(graph, feeds, _equal_tables(list(tensors.values())))
+        self._measured: dict[bool, dict[tuple[int, int], Tables]] = {}
+        self._weights = [{weight: tensors[name][weight] for weight in self.symmetry.weights} for name in self._names]
+
+    def aligned(self, alignment: Alignment, notify: Notify) -> Aligned:
+        """Every network moved into the donor's order, and proved to be itself."""
+        matchings = self._matchings(alignment, notify)
+        models = dict(self._paired.models)
+        for name, matching in matchings.items():
+            reader = MovedWeights(models[name].reader, self.symmetry, matching.permutations)
+            models[name] = replace(models[name], reader=reader)
+        checks = [self._proof(name, matching.permutations) for name, matching in matchings.items()]
+        similarity = float(np.mean([matching.similarity for matching in matchings.values()]))
+        return Aligned(models, tuple(checks), similarity, exact=True)
+
+    def zipped(self, alignment: Alignment, notify: Notify) -> Aligned:
+        """Every network's share of a zip. What is proved is the symmetry: a random element of the group on each.
+
+        Spaces that a zip leaves out are aligned before.
+        """
+        left = self._left_by_zip()
+        matchings = self._matchings(alignment, notify) if left else {}
+        kept = {
+            name: {space: order for space, order in matching.permutations.items() if space in left}
+            for name, matching in matchings.items()
+        }
+        readers = {
+            name: MovedWeights(self._paired.models[name].reader, self.symmetry, kept.get(name, {}))
+            for name in self._names
+        }
+        found = self._zip(alignment, kept, notify)
+        models = {
+            name: replace(
+                self._paired.models[name],
+                reader=MixedWeights(readers[name], self.symmetry, mixing, len(self._names)),
+            )
+            for name, mixing in zip(self._names, found.mixings, strict=True)
+        }
+        checks = [self._proof(name, self._random(number)) for number, name in enumerate(self._names)]
+        return Aligned(models, tuple(checks), found.similarity, exact=False)
+
+    def _left_by_zip(self) -> set[str]:
+        zipped = {space.name for family in zippable(self.symmetry) for space in family}
+        return {space.name for space in self.symmetry.free} - zipped
+
+    def _zip(self, alignment: Alignment, kept: Mapping[str, Permutations], notify: Notify) -> Zip:
+        tables = self._tables(alignment.by, notify, within=True)
+        networks = [
+            move(self.symmetry, weights, kept.get(name, {}))
+            for name, weights in zip(self._names, self._weights, strict=True)
+        ]
+        settings = ZipSettings(alignment.damping, alignment.budget, _share(alignment))
+        correlations = correlations_of(self.symmetry, tables, len(self._names))
+        ignored = statistics_of(self._paired.graphs[self._paired.donor])
+        return zip_networks(self.symmetry, networks, correlations, settings, ignored)
+
+    def _random(self, number: int) -> Permutations:
+        return random_permutations(self.symmetry, np.random.default_rng(number))
+
+    def _matchings(self, alignment: Alignment, notify: Notify) -> dict[str, Matching]:
+        """How each network but the donor goes into the donor's order."""
+        ignored = statistics_of(self._paired.graphs[self._paired.donor])
+        search = Search(random_starts=alignment.starts)
+        similarity = self._similarity(alignment, ignored, notify)
+        found = match_all(self.symmetry, self._weights, similarity, SortedWeights(ignored), search, notify)
+        return dict(zip(self._names[1:], found[1:], strict=True))
+
+    def _proof(self, name: str, permutations: Permutations) -> Check:
+        """The network by itself, moved, against the network as it was."""
+        graph, pairs = self._paired.graphs[name], self._paired.pairings[name]
+        own = {named(ours): named(theirs) for ours, theirs in pairs.items()}
+        symmetry = replace(self.symmetry, weights={own[w]: axes for w, axes in self.symmetry.weights.items()})
+        probes = [self._probe(graph)] if self._feeds is None else [_few(self._feeds), self._probe(graph)]
+        return prove_same(graph, permuted(graph, symmetry, permutations), probes, f"aligned:{name}")
+
+    def _similarity(
+        self, alignment: Alignment, ignored: frozenset[str], notify: Notify
+    ) -> Callable[[int, int], Similarity]:
+        if alignment.by == WEIGHTS:
+            return lambda i, j: WeightProducts(ignored)
+        tables = self._tables(alignment.by, notify, within=False)
+        share = _share(alignment)
+        if share == 0:
+            return lambda i, j: tables[i, j]
+        return lambda i, j: Balanced(share, WeightCorrelations(ignored), tables[i, j])
+
+    def _tables(self, by: str, notify: Notify, *, within: bool) -> dict[tuple[int, int], Tables]:
+        """Similarities by activations, of pairs of networks, or of networks with themselves as well."""
+        if self._feeds is None:
+            raise InvalidSpec(
+                f"similarity by {by} needs data: expected `calibration: {{data: FILE.npz}}`, or alignment by weights"
+            )
+        if within not in self._measured:
+            count = len(self._names)
+            pairs = [(i, j) for i in range(count) for j in range(i if within else i + 1, count)]
+            observed = [self._observed(name) for name in self._names]
+            tables = correlate(self.symmetry, observed, self._feeds, pairs, notify)
+            self._measured[within] = {**{(j, i): table.transposed for (i, j), table in tables.items()}, **tables}
+        return self._measured[within]
+
+    def _observed(self, name: str) -> Observed:
+        pairs = self._paired.pairings[name]
+        return Observed(self._paired.graphs[name], {named(ours): named(theirs) for ours, theirs in pairs.items()})
+
+    def _probe(self, graph: ir.Model) -> Arrays:
+        if self._feeds is None:
+            return made_up(graph, ROWS, SIZES[0])
+        generator = np.random.default_rng(1)
+        few = _few(self._feeds)
+        return {
+            name: generator.standard_normal(array.shape).astype(array.dtype) if array.dtype.kind == "f" else array
+            for name, array in few.items()
+        }
+
+
+def _share(alignment: Alignment) -> float:
+    """Of similarity by weights."""
+    return {WEIGHTS: 1.0, ACTIVATIONS: 0.0}.get(alignment.by, alignment.alpha or 0.0)
+
+
+PROOF_ROWS = 16
+
+
+def _few(feeds: Arrays) -> Arrays:
+    return {name: array[:PROOF_ROWS] for name, array in feeds.items()}
+
+
+def _tensors(paired: PairedModels, name: str) -> Weights:
+    """All tensors that a model's graph holds, under the donor's names."""
+    tensors = {}
+    for ours, theirs in paired.pairings[name].items():
+        tensor = held(theirs)
+        if tensor is not None and tensor.dtype.is_floating_point():
+            tensors[named(ours)] = tensor.numpy()
+    return tensors
+
+
+def _equal_tables(networks: Sequence[Weights]) -> set[str]:
+    """Tensors that all networks share, number by number, and that are not one number: tables, not learned apart."""
+    first, *others = networks
+    return {
+        name
+        for name, array in first.items()
+        if array.size > 1
+        and not (array == array.flat[0]).all()
+        and all(np.array_equal(array, other[name]) for other in others)
+    }
