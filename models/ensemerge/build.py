@@ -25,11 +25,12 @@ from ensemerge.errors import InvalidModel, InvalidSpec
 from ensemerge.fields import suggest
 from ensemerge.graph.feeds import read_arrays
 from ensemerge.graph.files import batch_input, load, named, save
+from ensemerge.graph.heads import Head, with_heads
 from ensemerge.graph.run import Arrays, Runner
 from ensemerge.graph.statistics import statistics_of
 from ensemerge.graph.surgery import with_weights
 from ensemerge.graph.tasks import settle_task
-from ensemerge.merge.alignment import align_models
+from ensemerge.merge.alignment import Aligned, Orders, align_models
 from ensemerge.merge.alignment_spec import ZIP
 from ensemerge.merge.checkpoint import lay_out
 from ensemerge.merge.engine import merge_weights
@@ -81,7 +82,7 @@ def build(repository: Repository, name: str, notify: Notify = silent) -> Version
 def _build_merge(repository: Repository, spec: Spec, folder: Path, notify: Notify) -> Manifest:
     recipe = parse_model_yaml(spec, METHODS)
     sources = _open_sources(repository, [str(reference) for reference in recipe.references()], spec)
-    task = settle_task(spec.task, sources[0].model) if spec.task else _common_task(sources)
+    task = _task_of_merge(spec, recipe, sources)
     data = None if recipe.calibration is None else repository.folder(spec.name) / recipe.calibration.data
     feeds = None if data is None else read_arrays(data)
     merged, checks, figures = _Merging(sources, recipe, feeds, notify).merged()
@@ -89,6 +90,13 @@ def _build_merge(repository: Repository, spec: Spec, folder: Path, notify: Notif
     save(merged, folder / MODEL_FILE)
     _try_out(folder / MODEL_FILE, merged)
     return _manifest(spec, task, sources, checks, inputs, figures)
+
+
+def _task_of_merge(spec: Spec, recipe: Recipe, sources: Sequence[Source]) -> Task | None:
+    """What the merged model's output means; models that part have an output each, of which none is the model's."""
+    if recipe.trunk is not None:
+        return spec.task
+    return settle_task(spec.task, sources[0].model) if spec.task else _common_task(sources)
 
 
 def _common_task(sources: Sequence[Source]) -> Task | None:
@@ -125,19 +133,25 @@ class _Merging:
         alignment = self._recipe.alignment
         if alignment is None:
             model, checks = self._restored(self._paired.models)
-            return model, checks, {}
+            return self._with_heads(model, {}), checks, {}
         score = None if self._feeds is None else self._score
         aligned = align_models(self._paired, alignment, self._feeds, score, self._notify)
         model, checks = self._restored(aligned.models)
+        whole = self._with_heads(model, aligned.orders)
         figures = {"similarity": aligned.similarity, "exact": float(aligned.exact)}
         figures |= {} if aligned.alpha is None else {"alpha": aligned.alpha}
-        figures |= {} if self._feeds is None else {"distance_to_mean_answer": self._distance(model)}
-        return model, [*aligned.checks, *checks], figures
+        figures |= {} if self._feeds is None else {"distance_to_parents": self._distance(whole)}
+        return whole, [*aligned.checks, *checks], figures
+
+    def _with_heads(self, trunk: ir.Model, orders: Orders) -> ir.Model:
+        """The merged trunk and each model's own head; the merged network itself where the models do not part."""
+        heads = [Head(name, head, orders.get(name, {})) for name, head in self._paired.heads.items()]
+        return with_heads(trunk, heads) if heads else trunk
 
     def _restored(self, models: Mapping[str, OpenModel]) -> tuple[ir.Model, list[Check]]:
         merged = self._combined(models)
         calibration = self._recipe.calibration
-        if calibration is None or self._feeds is None:
+        if calibration is None or self._feeds is None or calibration.restore == "nothing":
             return merged, []
         if calibration.restore == "batch_norm":
             restored = restore_batch_norm(merged, self._feeds, self._notify)
@@ -176,23 +190,33 @@ class _Merging:
         merged = _with_tied(writer.tensors, models[self._paired.donor].reader.ties)
         return with_weights(self._paired.form.model, {name: to_array(tensor) for name, tensor in merged.items()})
 
-    def _score(self, models: Mapping[str, OpenModel]) -> float:
-        """Without labels, the better merge is the one that answers more like its parents do on average."""
-        return -self._distance(self._restored(models)[0])
+    def _score(self, aligned: Aligned) -> float:
+        """Without labels, the better merge is the one that answers more like its parents do."""
+        return -self._distance(self._with_heads(self._restored(aligned.models)[0], aligned.orders))
 
     def _distance(self, merged: ir.Model) -> float:
-        """How far the merged network's answers to the calibration data are from the mean of its parents', next to it.
+        """How far answers to the calibration data are from those of the parents, relative to these.
 
-        The parents may call their outputs differently; they come in one order.
+        Each head's are compared with its own network's; without heads, all with the mean of the networks'.
         """
         assert self._feeds is not None  # asked for with calibration data alone
-        answers = [list(Runner(graph).run(self._feeds).values()) for graph in self._paired.graphs.values()]
+        answers = [list(Runner(graph).run(self._feeds).values()) for graph in self._parents()]
+        if self._paired.heads:
+            expected = [answer for own in answers for answer in own]
+        else:
+            expected = [np.mean(alike, axis=0) for alike in zip(*answers, strict=True)]
         got = Runner(merged).run(self._feeds).values()
-        gaps, sizes = 0.0, 0.0
-        for values, *theirs in zip(got, *answers, strict=True):
-            mean = np.mean(theirs, axis=0)
-            gaps, sizes = gaps + float(((values - mean) ** 2).sum()), sizes + float((mean**2).sum())
-        return float(np.sqrt(gaps / sizes)) if sizes else 0.0
+        gap = sum(float(((ours - theirs) ** 2).sum()) for ours, theirs in zip(got, expected, strict=True))
+        size = sum(float((theirs**2).sum()) for theirs in expected)
+        return float(np.sqrt(gap / size)) if size else 0.0
+
+    def _parents(self) -> list[ir.Model]:
+        """The networks as they were."""
+        heads = self._paired.heads
+        return [
+            with_heads(graph, [Head(name, heads[name])]) if heads else graph
+            for name, graph in self._paired.graphs.items()
+        ]
 
 
 def _with_tied(tensors: Mapping[str, torch.Tensor], ties: Mapping[str, str]) -> dict[str, torch.Tensor]:

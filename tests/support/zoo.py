@@ -19,9 +19,10 @@ from ensemerge.export import InputSpec, export_module
 from ensemerge.graph.files import load
 
 CLASSES = 3
-IMAGE = InputSpec("image", (3, 8, 8))
-SEQUENCE = InputSpec("sequence", (7, 5))
-TOKENS = InputSpec("tokens", (6,), "int64", 20)
+IMAGE = (InputSpec("image", (3, 8, 8)),)
+SEQUENCE = (InputSpec("sequence", (7, 5)),)
+TOKENS = (InputSpec("tokens", (7,), "int64", 20),)
+MASK, SEGMENTS = InputSpec("mask", (7,), "int64"), InputSpec("segments", (7,), "int64")
 WORDS, HEADS = 20, 3
 
 
@@ -140,24 +141,52 @@ class ConvNeXt(nn.Module):
         return self.head((stem + mixed.permute(0, 3, 1, 2)).mean((2, 3)))  # type: ignore[no-any-return]
 
 
-class Vit(nn.Module):
-    """Patches, a class token, learned positions, queries, keys and values packed into one matrix."""
+class Packed(nn.Module):
+    """Self-attention with queries, keys and values in one matrix."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.packed, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, stream: Tensor) -> Tensor:
+        batch, tokens, width = stream.shape
+        packed = self.packed(stream).reshape(batch, tokens, 3, self.heads, width // self.heads)
+        query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
+        return self.project(join_heads(functional.scaled_dot_product_attention(query, key, value)))  # type: ignore[no-any-return]
+
+
+class Separate(nn.Module):
+    """Self-attention with a matrix each for queries, keys and values."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, width)
+        self.project = nn.Linear(width, width)
+
+    def forward(self, stream: Tensor, mask: Tensor | None = None) -> Tensor:
+        query, key, value = (split_heads(part(stream), self.heads) for part in (self.query, self.key, self.value))
+        heads = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.project(join_heads(heads))  # type: ignore[no-any-return]
+
+
+class Vit(nn.Module):
+    """Patches, a class token, learned positions, normalisation before attention."""
+
+    def __init__(self, attention: nn.Module) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, 12, 4, 4)
         self.token, self.positions = nn.Parameter(torch.randn(1, 1, 12)), nn.Parameter(torch.randn(1, 5, 12))
         self.first_norm, self.second_norm = nn.LayerNorm(12), nn.LayerNorm(12)
-        self.packed, self.project = nn.Linear(12, 36), nn.Linear(12, 12)
+        self.attention = attention
         self.mix = nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 12))
         self.head = nn.Linear(12, CLASSES)
 
     def forward(self, image: Tensor) -> Tensor:
         patches = self.patches(image).flatten(2).transpose(1, 2)
         stream = torch.cat([self.token.expand(image.shape[0], -1, -1), patches], 1) + self.positions
-        packed = self.packed(self.first_norm(stream))
-        query, key, value = packed.reshape(image.shape[0], 5, 3, HEADS, 4).permute(2, 0, 3, 1, 4).unbind(0)
-        stream = stream + self.project(join_heads(functional.scaled_dot_product_attention(query, key, value)))
+        stream = stream + self.attention(self.first_norm(stream))
         stream = stream + self.mix(self.second_norm(stream))
         return self.head(stream[:, 0])  # type: ignore[no-any-return]
 
@@ -193,23 +222,21 @@ class Encoder(nn.Module):
 
 
 class Bert(nn.Module):
-    """Embeddings of words and positions, a mask, post-normalisation, a pooled first token."""
+    """Embeddings of words, positions and segments, a mask, normalisation after each layer, a pooled first token."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.words, self.positions = nn.Embedding(WORDS, 12), nn.Embedding(8, 12)
+        self.words, self.positions, self.segments = nn.Embedding(WORDS, 12), nn.Embedding(8, 12), nn.Embedding(2, 12)
         self.norm, self.middle_norm, self.last_norm = nn.LayerNorm(12), nn.LayerNorm(12), nn.LayerNorm(12)
-        self.query, self.key, self.value = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 12)
-        self.project = nn.Linear(12, 12)
+        self.attention = Separate(12, HEADS)
         self.mix = nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 12))
         self.pool, self.head = nn.Linear(12, 14), nn.Linear(14, CLASSES)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        stream = self.norm(self.words(tokens) + self.positions(torch.arange(tokens.shape[1]))[None])
-        mask = (1 - (tokens > 0).float()[:, None, None, :]) * -1e4
-        query, key, value = (split_heads(part(stream), HEADS) for part in (self.query, self.key, self.value))
-        scores = torch.softmax(query @ key.transpose(-1, -2) / 2 + mask, -1)
-        stream = self.middle_norm(stream + self.project(join_heads(scores @ value)))
+    def forward(self, tokens: Tensor, mask: Tensor, segments: Tensor) -> Tensor:
+        positions = self.positions(torch.arange(tokens.shape[1]))[None]
+        stream = self.norm(self.words(tokens) + positions + self.segments(segments))
+        hidden = (1 - mask.float()[:, None, None, :]) * -1e4
+        stream = self.middle_norm(stream + self.attention(stream, hidden))
         stream = self.last_norm(stream + self.mix(stream))
         return self.head(torch.tanh(self.pool(stream[:, 0])))  # type: ignore[no-any-return]
 
@@ -224,13 +251,15 @@ class RmsNorm(nn.Module):
 
 
 class Llama(nn.Module):
-    """Rotary positions, four heads of queries on two of keys and values, a gated mix."""
+    """Rotary positions, four heads of queries on two of keys and values, a causal mask, a gated mix."""
 
     frequencies: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, tied: bool) -> None:
         super().__init__()
         self.words, self.head = nn.Embedding(WORDS, 16), nn.Linear(16, WORDS, bias=False)
+        if tied:
+            self.head.weight = self.words.weight
         self.norms = nn.ModuleList(RmsNorm(16) for _ in range(3))
         self.query, self.key, self.value = (nn.Linear(16, width, bias=False) for width in (24, 12, 12))
         self.project = nn.Linear(24, 16, bias=False)
@@ -250,7 +279,8 @@ class Llama(nn.Module):
         query = self._rotated(split_heads(self.query(normed), 4))
         key, value = self._rotated(split_heads(self.key(normed), 2)), split_heads(self.value(normed), 2)
         key, value = (repeated(part) for part in (key, value))
-        scores = torch.softmax(query @ key.transpose(-1, -2) / math.sqrt(6), -1)
+        future = torch.full((tokens.shape[1], tokens.shape[1]), -1e4).triu(1)
+        scores = torch.softmax(query @ key.transpose(-1, -2) / math.sqrt(6) + future, -1)
         stream = stream + self.project(join_heads(scores @ value))
         normed = self.norms[1](stream)
         stream = stream + self.down(functional.silu(self.gate(normed)) * self.up(normed))
@@ -273,6 +303,27 @@ class Recurrent(nn.Module):
         return self.head(self.layers(sequence)[0][:, -1])  # type: ignore[no-any-return]
 
 
+class BothWays(Recurrent):
+    """Read at every step: at the last one the way back has only begun, and has not used its state."""
+
+    def forward(self, sequence: Tensor) -> Tensor:
+        return self.head(self.layers(sequence)[0].mean(1))  # type: ignore[no-any-return]
+
+
+class InstanceNormed(nn.Module):
+    """Each image normalised by itself; slopes for each channel, and one for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        first = [nn.Conv2d(3, 10, 3, 1, 1), nn.InstanceNorm2d(10, affine=True), nn.PReLU(10)]
+        second = [nn.Conv2d(10, 14, 3, 2, 1), nn.InstanceNorm2d(14, affine=True), nn.PReLU()]
+        self.features = nn.Sequential(*first, *second)
+        self.head = nn.Linear(14, CLASSES)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.head(self.features(image).mean((2, 3)))  # type: ignore[no-any-return]
+
+
 class Unet(nn.Module):
     """Down and up again, with a shortcut that is concatenated."""
 
@@ -293,7 +344,7 @@ class Specimen:
     """How a network is made, what it is given, and the sizes of its free spaces, each after those it lies within."""
 
     make: Callable[[], nn.Module]
-    given: InputSpec
+    inputs: tuple[InputSpec, ...]
     spaces: tuple[tuple[int, ...], ...]
 
 
@@ -303,7 +354,7 @@ def _group_norm(channels: int) -> nn.Module:
 
 HEAD = (HEADS,)
 ZOO: Mapping[str, Specimen] = {
-    "mlp": Specimen(mlp, InputSpec("features", (6,)), ((10,), (12,))),
+    "mlp": Specimen(mlp, (InputSpec("features", (6,)),), ((10,), (12,))),
     "mlp on tokens": Specimen(mlp_on_tokens, SEQUENCE, ((10,), (4,))),
     "vgg": Specimen(lambda: Vgg(normalised=False), IMAGE, ((10,), (12,), (14,))),
     "vgg with BatchNorm": Specimen(lambda: Vgg(normalised=True), IMAGE, ((10,), (12,), (14,))),
@@ -315,16 +366,21 @@ ZOO: Mapping[str, Specimen] = {
     "mobilenet": Specimen(MobileNet, IMAGE, ((6,), (10,), (24,))),
     "densenet": Specimen(DenseNet, IMAGE, ((6,), (6,), (10,), (14,))),
     "convnext": Specimen(ConvNeXt, IMAGE, ((12,), (20,))),
-    "vit": Specimen(Vit, IMAGE, (HEAD, (HEADS, 4), (HEADS, 4), (12,), (20,))),
+    "vit": Specimen(lambda: Vit(Packed(12, HEADS)), IMAGE, (HEAD, (HEADS, 4), (HEADS, 4), (12,), (20,))),
+    "vit with matrices apart": Specimen(
+        lambda: Vit(Separate(12, HEADS)), IMAGE, (HEAD, (HEADS, 4), (HEADS, 4), (12,), (20,))
+    ),
     "attention": Specimen(Attention, SEQUENCE, (HEAD, (HEADS, 4), (HEADS, 6), (12,))),
     "encoder": Specimen(Encoder, SEQUENCE, (HEAD, HEAD, *((HEADS, 4),) * 4, (12,), (20,), (20,))),
-    "bert": Specimen(Bert, TOKENS, (HEAD, (HEADS, 4), (HEADS, 4), (12,), (14,), (20,))),
-    "llama": Specimen(Llama, TOKENS, ((2,), (2, 2), (2, 6), (16,), (22,))),
+    "bert": Specimen(Bert, (*TOKENS, MASK, SEGMENTS), (HEAD, (HEADS, 4), (HEADS, 4), (12,), (14,), (20,))),
+    "llama": Specimen(lambda: Llama(tied=False), TOKENS, ((2,), (2, 2), (2, 6), (16,), (22,))),
+    "llama with tied embeddings": Specimen(lambda: Llama(tied=True), TOKENS, ((2,), (2, 2), (2, 6), (16,), (22,))),
     "gru": Specimen(lambda: Recurrent(nn.GRU(5, 10, 2, batch_first=True)), SEQUENCE, ((10,), (10,))),
     "lstm": Specimen(lambda: Recurrent(nn.LSTM(5, 10, 2, batch_first=True)), SEQUENCE, ((10,), (10,))),
     "gru both ways": Specimen(
-        lambda: Recurrent(nn.GRU(5, 10, 2, batch_first=True, bidirectional=True)), SEQUENCE, ((2, 10), (2, 10))
+        lambda: BothWays(nn.GRU(5, 10, 2, batch_first=True, bidirectional=True)), SEQUENCE, ((2, 10), (2, 10))
     ),
+    "instance norm": Specimen(InstanceNormed, IMAGE, ((10,), (14,))),
     "unet": Specimen(Unet, IMAGE, ((10,), (12,), (14,))),
 }
 
@@ -348,7 +404,7 @@ def exported(name: str, seed: int = 0) -> ir.Model:
     """One of them as a graph, with its weights in memory."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        export_module(network(name, seed), [ZOO[name].given], ["answer"], path)
+        export_module(network(name, seed), ZOO[name].inputs, ["answer"], path)
         model = load(path)
         ir.external_data.load_to_model(model)
         return model
@@ -356,5 +412,5 @@ def exported(name: str, seed: int = 0) -> ir.Model:
 
 def feeds(name: str, rows: int = 5, seed: int = 0) -> dict[str, np.ndarray]:
     """Random inputs for it."""
-    given = ZOO[name].given
-    return {given.name: given.example(rows, torch.Generator().manual_seed(seed)).numpy()}
+    generator = torch.Generator().manual_seed(seed)
+    return {spec.name: spec.example(rows, generator).numpy() for spec in ZOO[name].inputs}

@@ -26,17 +26,20 @@ Leaves = frozenset[Units]
 UNUSED = "no operator with a rule reads it"
 
 
-def derive_symmetry(model: ir.Model, feeds: Arrays | None = None, fixed: Collection[str] = ()) -> Symmetry:
+def derive_symmetry(
+    model: ir.Model, feeds: Arrays | None = None, fixed: Collection[str] = (), *, is_trunk: bool = False
+) -> Symmetry:
     """The spaces of a network. It is run once, on `feeds` or on made-up inputs, to learn the shapes of its values.
 
     `fixed` names weights that are tables rather than learned, such as the frequencies of rotary positions: their axes
-    stay in place. Raises InvalidModel where the network does not run.
+    stay in place. The outputs of a trunk may move: heads will read them in whatever order they are. Raises
+    InvalidModel where the network does not run.
     """
     walk = Walk(model, trace(model, feeds), fixed)
     for node in model.graph:
         apply_rule(walk, node)
     for value in model.graph.outputs:
-        walk.freeze(value, "it is an output")
+        walk.probe(value) if is_trunk else walk.freeze(value, "it is an output")
     return _Reading(walk).symmetry()
 
 
@@ -116,7 +119,7 @@ class _Reading:
         self, values: Mapping[str, tuple[Axis, ...]], spaces: Mapping[str, Space], see: Seen
     ) -> dict[str, tuple[str, ...]]:
         found: dict[str, tuple[str, ...]] = {}
-        for read in self._walk.read.values():
+        for read in self._walk.read:
             seen: dict[str, list[str]] = defaultdict(list)
             for name in (named(value) for value in read):
                 for space in see(values.get(name, ()), spaces):

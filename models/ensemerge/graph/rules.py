@@ -153,7 +153,7 @@ def _depends_on_data(value: ir.Value) -> bool:
 def _matmul(walk: Walk, node: ir.Node) -> None:
     """The last axis of the first meets the last but one of the second."""
     left, right = _data(node), _data(node, 1)
-    walk.probe(node, left, right)
+    walk.probe(left, right)
     ours, theirs = walk.units(left), walk.units(right)
     if not ours or not theirs:
         return
@@ -167,7 +167,7 @@ def _matmul(walk: Walk, node: ir.Node) -> None:
 
 def _gemm(walk: Walk, node: ir.Node) -> None:
     left, right = _data(node), _data(node, 1)
-    walk.probe(node, left, right)
+    walk.probe(left, right)
     ours, theirs = walk.units(left), walk.units(right)
     ours = ours[::-1] if _int(node, "transA", 0) else ours
     theirs = theirs[::-1] if _int(node, "transB", 0) else theirs
@@ -181,7 +181,7 @@ def _gemm(walk: Walk, node: ir.Node) -> None:
 def _conv(walk: Walk, node: ir.Node) -> None:
     """The weight is `(out, in / groups, …)`; out and in are groups × channels of a group."""
     data, weight = _data(node), _data(node, 1)
-    walk.probe(node, data)
+    walk.probe(data)
     image, kernel = walk.units(data), walk.units(weight)
     _freeze(kernel[2:], "it is a place in a kernel")
     _freeze(image[2:], "it is a place in an image")
@@ -193,7 +193,7 @@ def _conv(walk: Walk, node: ir.Node) -> None:
 def _conv_transpose(walk: Walk, node: ir.Node) -> None:
     """The weight is `(in, out / groups, …)`."""
     data, weight = _data(node), _data(node, 1)
-    walk.probe(node, data)
+    walk.probe(data)
     image, kernel = walk.units(data), walk.units(weight)
     _freeze(kernel[2:], "it is a place in a kernel")
     _freeze(image[2:], "it is a place in an image")
@@ -513,7 +513,7 @@ def _recurrent(gates: int) -> Rule:
 
     def rule(walk: Walk, node: ir.Node) -> None:
         data, weight, recurrence = (_data(node, at) for at in range(3))
-        walk.probe(node, data)
+        walk.probe(data)
         image, into, back = (walk.units(value) for value in (data, weight, recurrence))
         hidden = back[2]
         tie(image[-1], into[2])
@@ -568,7 +568,7 @@ def _attention(walk: Walk, node: ir.Node) -> None:
     tie(key[0], value[0])
     tie(query[1], key[1])
     walk.meet([key[0], each])
-    walk.probe(node, *values)
+    walk.probe(*values)
     for position in range(3, len(node.inputs)):
         other = _optional(node, position)
         if other is not None:

@@ -45,7 +45,7 @@ class Walk:
         self.dims: dict[ir.Value, list[Dim | Copies]] = {}
         self.meetings: list[list[Units]] = []  # units that occur together without being one value
         self.summed: set[tuple[ir.Value, int]] = set()  # axes of weights that operators sum over: their inputs
-        self.read: dict[ir.Node, list[ir.Value]] = {}  # what operators that mix units read
+        self.read: list[list[ir.Value]] = []  # what operators that mix units read, one after the other
         self.without_rule: dict[str, int] = {}  # operators without a rule, and how often they occur
         self._fixed = fixed
         self.indexed = _indexed_axes(self)
@@ -73,7 +73,8 @@ class Walk:
         return [_plain(dim) for dim in self.axes(value)]
 
     def set(self, value: ir.Value, dims: Sequence[Dim | Copies]) -> None:
-        self.dims[value] = list(dims)
+        if value.name:  # outputs that nobody wants have none
+            self.dims[value] = list(dims)
 
     def fresh(self, value: ir.Value, reason: str | None) -> list[Units]:
         """New axes for a value, which stay in place where a reason is given."""
@@ -87,9 +88,9 @@ class Walk:
         for unit in self.units(value):
             unit.freeze(reason)
 
-    def probe(self, node: ir.Node, *values: ir.Value) -> None:
-        """The operator sums over units of these values: a place to look at activations."""
-        self.read[node] = [value for value in values if held(value) is None]
+    def probe(self, *values: ir.Value) -> None:
+        """An operator sums over units of these values: a place to look at activations."""
+        self.read.append([value for value in values if held(value) is None])
 
     def depends_on_input(self, value: ir.Value) -> bool:
         """Whether more than the sizes of the inputs decides what a value is."""

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from ensemerge.align.activations import Observed, correlate
 from ensemerge.align.matching import Matching, Search, match_all
+from ensemerge.align.parting import head_orders
 from ensemerge.align.prepare import MixedWeights, MovedWeights
 from ensemerge.align.proof import permuted, prove_same
 from ensemerge.align.similarity import (
@@ -24,11 +25,12 @@ from ensemerge.align.zipping import Zip, ZipSettings, correlations_of, zip_netwo
 from ensemerge.errors import InvalidSpec
 from ensemerge.graph.derive import derive_symmetry
 from ensemerge.graph.files import named
+from ensemerge.graph.heads import Head, with_heads
 from ensemerge.graph.permute import Weights, move, random_permutations
 from ensemerge.graph.run import Arrays
 from ensemerge.graph.statistics import statistics_of
 from ensemerge.graph.surgery import held
-from ensemerge.graph.symmetry import Permutations
+from ensemerge.graph.symmetry import Permutations, Product
 from ensemerge.graph.trace import ROWS, SIZES, made_up
 from ensemerge.merge.alignment_spec import ACTIVATIONS, BOTH, WEIGHTS, ZIP, Alignment
 from ensemerge.merge.onnx_forms import PairedModels
@@ -36,13 +38,16 @@ from ensemerge.merge.opened import OpenModel
 from ensemerge.progress import Notify, silent
 from ensemerge.repository import Check
 
+# For each network and each axis of a trunk's output, for each unit of its head the number of the trunk's.
+Orders = Mapping[str, Mapping[int, np.ndarray]]
+
 
 @dataclass(frozen=True)
 class Aligned:
     """The models of a merge in one order, what was proved of each, and how alike they were found.
 
     `exact` says whether each network still computes what it did: a zip does not keep that. `alpha` and `scores` are
-    those of a search.
+    those of a search; `orders` say how each head reads the trunk, where the networks part.
     """
 
     models: Mapping[str, OpenModel]
@@ -51,10 +56,11 @@ class Aligned:
     exact: bool
     alpha: float | None = None
     scores: Mapping[float, float] = field(default_factory=dict)
+    orders: Orders = field(default_factory=dict)
 
 
-# How good the networks of a merge are for it, once they are aligned: larger is better.
-Score = Callable[[Mapping[str, OpenModel]], float]
+# How good a merge of aligned networks would be: larger is better.
+Score = Callable[["Aligned"], float]
 ALPHAS = tuple(round(0.1 * step, 1) for step in range(11))
 
 
@@ -79,7 +85,7 @@ def align_models(
         raise InvalidSpec("`alpha: auto` needs a merge to be judged: expected a `kind: merge` with calibration data")
     scores: dict[float, float] = {}
     for number, alpha in enumerate(ALPHAS):
-        scores[alpha] = score(make(replace(alignment, alpha=alpha), notify).models)
+        scores[alpha] = score(make(replace(alignment, alpha=alpha), notify))
         notify("search alpha", number + 1, len(ALPHAS))
     best = max(scores, key=lambda alpha: scores[alpha])
     return replace(make(replace(alignment, alpha=best), notify), alpha=best, scores=scores)
@@ -94,7 +100,8 @@ class _Networks:
         self._names = [paired.donor, *(name for name in paired.models if name != paired.donor)]
         graph = paired.graphs[paired.donor]
         tensors = {name: _tensors(paired, name) for name in self._names}
-        self.symmetry = derive_symmetry(graph, feeds, _equal_tables(list(tensors.values())))
+        fixed = _equal_tables(list(tensors.values()))
+        self.symmetry = derive_symmetry(graph, feeds, fixed, is_trunk=bool(paired.heads))
         self._measured: dict[bool, dict[tuple[int, int], Tables]] = {}
         self._weights = [{weight: tensors[name][weight] for weight in self.symmetry.weights} for name in self._names]
 
@@ -107,7 +114,8 @@ class _Networks:
             models[name] = replace(models[name], reader=reader)
         checks = [self._proof(name, matching.permutations) for name, matching in matchings.items()]
         similarity = float(np.mean([matching.similarity for matching in matchings.values()]))
-        return Aligned(models, tuple(checks), similarity, exact=True)
+        orders = {name: self._orders(matching.permutations, {}) for name, matching in matchings.items()}
+        return Aligned(models, tuple(checks), similarity, exact=True, orders=orders)
 
     def zipped(self, alignment: Alignment, notify: Notify) -> Aligned:
         """Every network's share of a zip. What is proved is the symmetry: a random element of the group on each.
@@ -133,7 +141,11 @@ class _Networks:
             for name, mixing in zip(self._names, found.mixings, strict=True)
         }
         checks = [self._proof(name, self._random(number)) for number, name in enumerate(self._names)]
-        return Aligned(models, tuple(checks), found.similarity, exact=False)
+        orders = {
+            name: self._orders(kept.get(name, {}), mixing.copied)
+            for name, mixing in zip(self._names, found.mixings, strict=True)
+        }
+        return Aligned(models, tuple(checks), found.similarity, exact=False, orders=orders)
 
     def _left_by_zip(self) -> set[str]:
         zipped = {space.name for family in zippable(self.symmetry) for space in family}
@@ -167,7 +179,19 @@ class _Networks:
         own = {named(ours): named(theirs) for ours, theirs in pairs.items()}
         symmetry = replace(self.symmetry, weights={own[w]: axes for w, axes in self.symmetry.weights.items()})
         probes = [self._probe(graph)] if self._feeds is None else [_few(self._feeds), self._probe(graph)]
-        return prove_same(graph, permuted(graph, symmetry, permutations), probes, f"aligned:{name}")
+        moved_graph = permuted(graph, symmetry, permutations)
+        if self._paired.heads:
+            head = Head(name, self._paired.heads[name])
+            moved_graph = with_heads(moved_graph, [replace(head, orders=self._orders(permutations, {}))])
+            graph = with_heads(graph, [head])
+        return prove_same(graph, moved_graph, probes, f"aligned:{name}")
+
+    def _orders(self, permutations: Permutations, copied: Mapping[Product, np.ndarray]) -> dict[int, np.ndarray]:
+        """How a network's own head reads the output of a trunk whose units were moved, and then merged."""
+        if not self._paired.heads:
+            return {}
+        (output,) = self._paired.graphs[self._paired.donor].graph.outputs
+        return head_orders(self.symmetry, self.symmetry.values[named(output)], permutations, copied)
 
     def _similarity(
         self, alignment: Alignment, ignored: frozenset[str], notify: Notify

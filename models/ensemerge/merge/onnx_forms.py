@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 
@@ -12,9 +12,11 @@ import onnx_ir as ir
 import torch
 
 from ensemerge.errors import InvalidSpec, StructureMismatch
+from ensemerge.fields import suggest
 from ensemerge.graph.files import load, named
+from ensemerge.graph.heads import head_of
 from ensemerge.graph.pairing import Pairs, pair_values, weights_among
-from ensemerge.graph.surgery import held_tensors
+from ensemerge.graph.surgery import held_tensors, up_to
 from ensemerge.merge.opened import OpenModel
 from ensemerge.merge.plan import Output
 from ensemerge.merge.recipe import Recipe
@@ -53,6 +55,7 @@ class PairedModels:
     models: Mapping[str, OpenModel]
     graphs: Mapping[str, ir.Model]
     pairings: Mapping[str, Pairs]
+    heads: Mapping[str, ir.Model] = field(default_factory=dict)  # behind the graphs, where these are trunks
 
 
 def pair_models(recipe: Recipe, models: Mapping[str, OpenModel]) -> PairedModels:
@@ -67,6 +70,11 @@ def pair_models(recipe: Recipe, models: Mapping[str, OpenModel]) -> PairedModels
         )
     graphs = {name: load(_onnx_file(name, model)) for name, model in models.items()}
     donor = str(recipe.donor)
+    heads: dict[str, ir.Model] = {}
+    if recipe.trunk is not None:
+        values = {name: _value_named(recipe.trunk, name, graph) for name, graph in graphs.items()}
+        heads = {name: head_of(graph, values[name]) for name, graph in graphs.items()}
+        graphs = {name: up_to(graph, [values[name]]) for name, graph in graphs.items()}
     pairings = {name: _paired(donor, name, graphs) for name in graphs}
     # One set for all: a Constant node of the donor equals itself, and only the other graphs tell that it is a weight.
     weights = weights_among(graphs[donor], list(pairings.values()))
@@ -76,7 +84,15 @@ def pair_models(recipe: Recipe, models: Mapping[str, OpenModel]) -> PairedModels
         paired[name] = replace(model, reader=RenamedWeights(model.reader, names))
     _refuse_other_dtypes(recipe, paired[donor].reader)
     form = OnnxForm(graphs[donor], _onnx_file(donor, models[donor]))
-    return PairedModels(donor, form, paired, graphs, pairings)
+    return PairedModels(donor, form, paired, graphs, pairings, heads)
+
+
+def _value_named(trunk: str, name: str, graph: ir.Model) -> str:
+    """The same value has the same name in all models of one exporter. Raises InvalidSpec."""
+    values = [value.name for node in graph.graph for value in node.outputs]
+    if trunk not in values:
+        raise InvalidSpec(f"`trunk: {trunk}`: {name} has no such value; {suggest(trunk, [v for v in values if v])}")
+    return trunk
 
 
 def _paired(donor: str, name: str, graphs: Mapping[str, ir.Model]) -> Pairs:

@@ -30,7 +30,7 @@ from ensemerge.repository import Spec, is_name
 
 T = TypeVar("T")
 
-RESTORERS = ("batch_norm", "repair", "auto")
+RESTORERS = ("batch_norm", "repair", "auto", "nothing")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 COMPATIBLE = ("mergekit",)
 TENSORS = ("all", "intersection", "union")
@@ -132,6 +132,7 @@ class Recipe:
     tensors: str = "all"
     calibration: Calibration | None = None
     alignment: Alignment | None = None
+    trunk: str | None = None  # the value of the donor's graph up to which ONNX models are merged
     defaults: Settings = field(default_factory=dict)  # what holds where the recipe says nothing
     body: Mapping[str, Any] = field(default_factory=dict, compare=False)  # as it was written
 
@@ -243,6 +244,7 @@ class _Parser:
             self._take(fields, "seed", int) or 0,
             self._choice(fields, "tensors", TENSORS) or "all",
             self._calibration(fields),
+            trunk=self._take(fields, "trunk", str),
         )
         with self._problems.gathered():
             fields.finish()
