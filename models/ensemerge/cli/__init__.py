@@ -15,6 +15,7 @@ from ensemerge import __version__
 GROUP = "ensemerge.commands"
 OURS = ("ensemerge", "ensemerge_client", "ensemerge_protos", "ensemerge_server")
 SUMMARIES = {
+    "align": "bring one network's units into the order of another's, or show what may move",
     "barrier": "how far the loss rises between two networks",
     "build": "make a version of an ensemble or a merge from its model.yaml",
     "call": "ask a model through a server",

@@ -121,7 +121,7 @@ def test_repair_after_alignment_brings_back_the_parents_moments(tmp_path: Path) 
     restore = {"calibration": {"restore": "repair"}}
     version = merged(repository, ["vgg-0", "vgg-1"], data, merge_method="weight_matching", **restore)
     assert version.manifest is not None
-    assert [check.name for check in version.manifest.checks][0] == "aligned:vgg-1"
+    assert next(check.name for check in version.manifest.checks) == "aligned:vgg-1"
     assert len(version.manifest.checks) == 2
 
 
