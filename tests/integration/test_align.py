@@ -35,7 +35,7 @@ def test_a_shuffled_network_comes_back(
     pair: tuple[Path, Path], by: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, out = tmp_path / "data.npz", tmp_path / "aligned.onnx"
-    np.savez(data, **feeds("resnet", rows=200))
+    np.savez(data, **feeds("resnet", rows=200))  # type: ignore[arg-type]
     words = ["align", *map(str, pair), "--out", str(out), "--by", by, "--data", str(data), "--json"]
     assert main(words) == 0
     facts = json.loads(capsys.readouterr().out)

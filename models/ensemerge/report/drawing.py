@@ -6,6 +6,7 @@ a lane in each of them. What only computes shapes is left out.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -15,7 +16,6 @@ import onnx_ir as ir
 from ensemerge.graph.surgery import held
 from ensemerge.graph.symmetry import Space, Symmetry
 from ensemerge.report.symmetry import colours
-import itertools
 
 BOX_WIDTH, BOX_HEIGHT, LANE_WIDTH, GAP_WIDTH, LAYER_HEIGHT = 150, 38, 14, 18, 66
 MARGIN, LEGEND_WIDTH, LEGEND_STEP = 24, 300, 24

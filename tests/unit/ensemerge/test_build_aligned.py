@@ -45,7 +45,7 @@ def merged(
     spec = {"kind": "merge", "models": models, **body}
     if data is not None:
         (repository.root / "merged").mkdir(exist_ok=True)
-        np.savez(repository.root / "merged" / "data.npz", **data)
+        np.savez(repository.root / "merged" / "data.npz", **data)  # type: ignore[arg-type]
         spec["calibration"] = {"data": "data.npz", "restore": "nothing", **body.get("calibration", {})}
     repository.write_spec("merged", spec)
     return build(repository, "merged")

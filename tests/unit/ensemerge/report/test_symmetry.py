@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from xml.etree import ElementTree
 
@@ -13,7 +14,6 @@ from support.zoo import exported
 from ensemerge.graph.derive import derive_symmetry
 from ensemerge.report.drawing import draw_symmetry
 from ensemerge.report.symmetry import colours, orders_log10, symmetry_facts, symmetry_tables
-import itertools
 
 SVG = "{http://www.w3.org/2000/svg}"
 
