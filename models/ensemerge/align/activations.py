@@ -58,9 +58,12 @@ def correlate(
                 known.add(seen[i], seen[j])
         done = min(done + BATCH_ROWS, rows)
         notify("compare activations", done, rows)
-    return {
+    tables = {
         (i, j): Tables({space.name: moments[space.name, i, j].correlations() for space in spaces}) for i, j in pairs
     }
+    if spaces and not any(table.any() for known in tables.values() for table in known.tables.values()):
+        raise InvalidData(f"no unit varies on the {rows} rows of calibration data; expected more rows, or by: weights")
+    return tables
 
 
 def _batches(network: Observed, values: Sequence[str], feeds: Arrays) -> Iterator[dict[str, np.ndarray]]:

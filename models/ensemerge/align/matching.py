@@ -59,7 +59,7 @@ def match(
     Begins with the units as they are, as `start` matches each space by itself, and in random orders. Raises
     InvalidData where weights are not finite.
     """
-    _refuse_not_finite(first, second)
+    refuse_not_finite(first, second)
     whole = Pair(symmetry, first, second)
     begun = list(_starts(whole, start, search))
     found = []
@@ -69,7 +69,8 @@ def match(
     return max(found, key=lambda matching: matching.similarity)
 
 
-def _refuse_not_finite(*networks: Weights) -> None:
+def refuse_not_finite(*networks: Weights) -> None:
+    """Raises InvalidData."""
     for number, weights in enumerate(networks):
         for name, array in weights.items():
             if not np.isfinite(array).all():
@@ -205,7 +206,7 @@ def match_all(
     maps from network to network lead back to where they began around every cycle (Crisostomi et al. 2024, arXiv
     2405.17897). Raises InvalidData where weights are not finite.
     """
-    _refuse_not_finite(*networks)
+    refuse_not_finite(*networks)
     placed = [Pair(symmetry, weights, weights) for weights in networks]
     found = [Matching({}, 0.0, 0, "the first")] * len(networks)
     for turn in range(search.sweeps):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ensemerge.align.fusion import Network, Plans, carry
 from ensemerge.align.zipping import Mixing, mixed
 from ensemerge.graph.permute import moved
 from ensemerge.graph.symmetry import Block, Permutations, Product, Symmetry
@@ -120,6 +121,59 @@ class MixedWeights:
     def window_bytes(self, name: str, elements: int) -> int:
         own = COPIES * 8 * self.info(name).numel if name in self._touched else 0
         return own + self._inner.window_bytes(name, elements)
+
+
+class CarriedWeights:
+    """A network's weights carried over to the units of another, in that one's shapes and under its names.
+
+    Whole tensors are read; they come in the dtype of the network.
+    """
+
+    def __init__(self, inner: WeightReader, first: Symmetry, second: Symmetry, plans: Plans) -> None:
+        self._inner = inner
+        self._first = first
+        self._second = second
+        self._plans = plans
+
+    @property
+    def names(self) -> Sequence[str]:
+        return self._inner.names
+
+    @property
+    def ties(self) -> Mapping[str, str]:
+        return {new: old for new, old in self._inner.ties.items() if new not in self._first.weights}
+
+    @property
+    def resident_bytes(self) -> int:
+        return self._inner.resident_bytes + sum(plan.nbytes for plan in self._plans.values())
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return self._inner.files
+
+    def info(self, name: str) -> TensorInfo:
+        info = self._inner.info(name)
+        if name not in self._first.weights:
+            return info
+        shape = [sum(self._first.size(factors) for factors in axis) for axis in self._first.weights[name]]
+        return TensorInfo(tuple(shape), info.dtype)
+
+    def window(self, name: str, start: int, stop: int) -> torch.Tensor:
+        if name not in self._first.weights:
+            return self._inner.window(name, start, stop)
+        whole = Network(self._second, {name: read(self._inner, name).double().numpy()})
+        carried = carry(self._first, whole, name, self._plans)
+        return torch.from_numpy(carried.reshape(-1)[start:stop]).to(self.info(name).dtype)
+
+    def give_back(self, name: str, start: int, stop: int) -> None:
+        if name not in self._first.weights:
+            self._inner.give_back(name, start, stop)
+
+    def window_bytes(self, name: str, elements: int) -> int:
+        if name not in self._first.weights:
+            return self._inner.window_bytes(name, elements)
+        own, theirs = self.info(name), self._inner.info(name)
+        return COPIES * 8 * max(own.numel, theirs.numel) + self._inner.window_bytes(name, theirs.numel)
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

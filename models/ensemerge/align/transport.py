@@ -29,7 +29,7 @@ COOLING = 4
 ROUGH = 0.1
 # What is added to the curvature, relative to a row's sum, and how often a step that goes wrong is halved.
 RIDGE = 1e-10
-HALVINGS = 10
+HALVINGS = 40
 
 
 def transport(similarity: np.ndarray) -> np.ndarray:
@@ -52,7 +52,7 @@ def transport(similarity: np.ndarray) -> np.ndarray:
 
 
 def sinkhorn(
-    similarity: np.ndarray, regularization: float, *, tolerance: float = 1e-6, iterations: int = 500
+    similarity: np.ndarray, regularization: float, *, tolerance: float = 1e-6, iterations: int = 200
 ) -> np.ndarray:
     """The plan P that maximises `Σ P·S + regularization·entropy(P)`, `(first, second) float64` (Cuturi 2013,
     arXiv 1306.0895).

@@ -29,8 +29,10 @@ def pair_weights(reference: ir.Model, other: ir.Model) -> dict[str, str]:
     return {named(weight): named(pairs[weight]) for weight in weights_among(reference, [pairs])}
 
 
-def pair_values(reference: ir.Model, other: ir.Model) -> dict[ir.Value, ir.Value]:
+def pair_values(reference: ir.Model, other: ir.Model, *, same_widths: bool = True) -> dict[ir.Value, ir.Value]:
     """Map every value that the outputs of `reference` depend on to its counterpart in `other`.
+
+    Without `same_widths` the axes of weights may have other sizes.
 
     Both graphs are walked side by side, backwards from their outputs, so that the order of their nodes does not matter
     and nodes that nobody uses need no counterpart. Raises StructureMismatch at the first place where operator,
@@ -44,7 +46,7 @@ def pair_values(reference: ir.Model, other: ir.Model) -> dict[ir.Value, ir.Value
     nodes, others = _used_nodes(reference), _used_nodes(other)
     if nodes != others:
         raise StructureMismatch(f"expected graphs of one architecture, got {nodes} and {others} nodes")
-    walk = _Walk()
+    walk = _Walk(same_widths=same_widths)
     walk.meet("graph inputs", _free_inputs(reference), _free_inputs(other))
     walk.meet("graph outputs", list(reference.graph.outputs), list(other.graph.outputs))
     walk.finish()
@@ -101,8 +103,9 @@ def _used_nodes(model: ir.Model) -> int:
 class _Walk:
     """Two graphs walked side by side from what they answer to what they are given; `pairs` grows on the way."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, same_widths: bool) -> None:
         self.pairs: dict[ir.Value, ir.Value] = {}
+        self._same_widths = same_widths
         self._seen: set[ir.Node] = set()
         self._waiting: deque[tuple[ir.Node, ir.Node]] = deque()
 
@@ -129,7 +132,7 @@ class _Walk:
         known = self.pairs.setdefault(our, their)
         if known is not their and not _hold_the_same(known, their):
             raise _met_two(where, our, known, their)
-        _same_weight(where, our, their)
+        _same_weight(where, our, their, same_widths=self._same_widths)
         if held(our) is None:
             self._meet_producers(where, our, their)
 
@@ -192,13 +195,14 @@ def _comparable(attribute: ir.Attr) -> Any:
     return attribute.value
 
 
-def _same_weight(where: str, our: ir.Value, their: ir.Value) -> None:
+def _same_weight(where: str, our: ir.Value, their: ir.Value, *, same_widths: bool) -> None:
     ours, theirs = held(our), held(their)
     if (ours is None) != (theirs is None):
         raise StructureMismatch(f"{where}: '{our.name}' is a weight in one graph only ('{their.name}' in the other)")
     if ours is None or theirs is None:
         return
-    if ours.dtype != theirs.dtype or list(ours.shape) != list(theirs.shape):
+    alike = list(ours.shape) == list(theirs.shape) if same_widths else len(ours.shape) == len(theirs.shape)
+    if ours.dtype != theirs.dtype or not alike:
         raise StructureMismatch(
             f"{where}: weight '{our.name}' is {ours.dtype} {list(ours.shape)}, "
             f"its counterpart '{their.name}' {theirs.dtype} {list(theirs.shape)}"

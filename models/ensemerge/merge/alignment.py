@@ -9,9 +9,10 @@ import numpy as np
 import onnx_ir as ir
 
 from ensemerge.align.activations import Observed, correlate
-from ensemerge.align.matching import Matching, Search, match_all
+from ensemerge.align.fusion import Network, fuse
+from ensemerge.align.matching import Matching, Search, match_all, refuse_not_finite
 from ensemerge.align.parting import head_orders
-from ensemerge.align.prepare import MixedWeights, MovedWeights
+from ensemerge.align.prepare import CarriedWeights, MixedWeights, MovedWeights
 from ensemerge.align.proof import permuted, prove_same
 from ensemerge.align.similarity import (
     Balanced,
@@ -32,7 +33,7 @@ from ensemerge.graph.statistics import statistics_of
 from ensemerge.graph.surgery import held
 from ensemerge.graph.symmetry import Permutations, Product
 from ensemerge.graph.trace import ROWS, SIZES, made_up
-from ensemerge.merge.alignment_spec import ACTIVATIONS, BOTH, WEIGHTS, ZIP, Alignment
+from ensemerge.merge.alignment_spec import ACTIVATIONS, BOTH, TRANSPORT, WEIGHTS, ZIP, Alignment
 from ensemerge.merge.onnx_forms import PairedModels
 from ensemerge.merge.opened import OpenModel
 from ensemerge.progress import Notify, silent
@@ -77,6 +78,8 @@ def align_models(
     how good a merge of aligned models would be, which the search for an `alpha` needs. Raises InvalidSpec without
     them, InvalidData where data or weights do not fit, CheckFailed where a network changes.
     """
+    if alignment.matching == TRANSPORT:
+        return _transported(paired, alignment, feeds, notify)
     networks = _Networks(paired, feeds)
     make = networks.zipped if alignment.matching == ZIP else networks.aligned
     if alignment.by != BOTH or alignment.alpha is not None:
@@ -89,6 +92,35 @@ def align_models(
         notify("search alpha", number + 1, len(ALPHAS))
     best = max(scores, key=lambda alpha: scores[alpha])
     return replace(make(replace(alignment, alpha=best), notify), alpha=best, scores=scores)
+
+
+def _transported(paired: PairedModels, alignment: Alignment, feeds: Arrays | None, notify: Notify) -> Aligned:
+    """Every network's units carried over to the donor's, which may be more or fewer."""
+    if paired.heads:
+        raise InvalidSpec("a transport has no order in which a head could read a trunk; leave out `trunk`")
+    networks = {name: _network(paired, name, feeds) for name in paired.models}
+    first = networks[paired.donor]
+    models, others = dict(paired.models), [name for name in paired.models if name != paired.donor]
+    for number, name in enumerate(others):
+        plans = fuse(first, networks[name], alignment.regularization)
+        reader = CarriedWeights(models[name].reader, first.symmetry, networks[name].symmetry, plans)
+        models[name] = replace(models[name], reader=reader)
+        notify("carry units over", number + 1, len(others))
+    return Aligned(models, (), 0.0, exact=False)
+
+
+def _network(paired: PairedModels, name: str, feeds: Arrays | None) -> Network:
+    """A model's weights and its own symmetry, under the donor's names."""
+    own = {named(theirs): named(ours) for ours, theirs in paired.pairings[name].items()}
+    found = derive_symmetry(paired.graphs[name], feeds)
+    symmetry = replace(
+        found,
+        weights={own[weight]: axes for weight, axes in found.weights.items() if weight in own},
+        inputs=frozenset((own[weight], axis) for weight, axis in found.inputs if weight in own),
+    )
+    tensors = _tensors(paired, name)
+    refuse_not_finite(tensors)
+    return Network(symmetry, {weight: tensors[weight] for weight in symmetry.weights})
 
 
 class _Networks:

@@ -15,7 +15,7 @@ from ensemerge.errors import InvalidSpec
 from ensemerge.fields import Fields, checked, describe
 
 WEIGHTS, ACTIVATIONS, BOTH = "weights", "activations", "both"
-ALIGN, ZIP = "align", "zip"
+ALIGN, ZIP, TRANSPORT = "align", "zip", "transport"
 AUTO = "auto"
 # What each method that merges aligned networks means.
 ALIGNING = {
@@ -23,8 +23,9 @@ ALIGNING = {
     "activation_matching": {"by": ACTIVATIONS},
     "mudsc": {"by": BOTH},
     "zipit": {"by": ACTIVATIONS, "matching": ZIP},
+    "ot_fusion": {"by": WEIGHTS, "matching": TRANSPORT},
 }
-KEYS = ("alpha", "matching", "starts", "damping", "budget")
+KEYS = ("alpha", "matching", "starts", "damping", "budget", "regularization")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Alignment:
     """How the units of the networks are brought into one order before their weights are merged.
 
     `alpha` is the share of similarity by weights where it is by both, None where it is to be found. `starts` random
-    orders are tried beside the usual ones. `damping` and `budget` are those of a zip.
+    orders are tried beside the usual ones. `damping` and `budget` are those of a zip, `regularization` that of a
+    transport, 0 for an exact one.
     """
 
     by: str = WEIGHTS
@@ -41,6 +43,7 @@ class Alignment:
     starts: int = 0
     damping: float = 0.5
     budget: float = 1.0
+    regularization: float = 0.0
 
 
 def split_alignment(body: object, where: str) -> tuple[object, Alignment | None]:
@@ -70,16 +73,21 @@ def _parse(entry: object, where: str) -> Alignment:
     fields = Fields(entry, where)
     by = fields.choose("by", (WEIGHTS, ACTIVATIONS, BOTH), WEIGHTS)
     alpha = _alpha(fields.take("alpha", object, 0.5), f"{where}: 'alpha'")
-    matching = fields.choose("matching", (ALIGN, ZIP), ALIGN)
+    matching = fields.choose("matching", (ALIGN, ZIP, TRANSPORT), ALIGN)
     starts = fields.take("starts", int, 0)
     damping, budget = fields.take("damping", float, 0.5), fields.take("budget", float, 1.0)
+    regularization = fields.take("regularization", float, 0.0)
     fields.finish()
+    if regularization < 0:
+        raise InvalidSpec(f"{where}: 'regularization' is {regularization}; expected at least 0")
+    if matching == TRANSPORT and by != WEIGHTS:
+        raise InvalidSpec(f"{where}: 'by' is '{by}'; a transport compares weights, expected '{WEIGHTS}'")
     for name, value in (("damping", damping), ("budget", budget)):
         if not 0 <= value <= 1:
             raise InvalidSpec(f"{where}: '{name}' is {value}; expected a value from 0 to 1")
     if starts < 0:
         raise InvalidSpec(f"{where}: 'starts' is {starts}; expected at least 0")
-    return Alignment(by, alpha, matching, starts, damping, budget)
+    return Alignment(by, alpha, matching, starts, damping, budget, regularization)
 
 
 def _alpha(value: Any, where: str) -> float | None:

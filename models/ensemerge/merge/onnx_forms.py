@@ -17,6 +17,7 @@ from ensemerge.graph.files import load, named
 from ensemerge.graph.heads import head_of
 from ensemerge.graph.pairing import Pairs, pair_values, weights_among
 from ensemerge.graph.surgery import held_tensors, up_to
+from ensemerge.merge.alignment_spec import TRANSPORT
 from ensemerge.merge.opened import OpenModel
 from ensemerge.merge.plan import Output
 from ensemerge.merge.recipe import Recipe
@@ -75,7 +76,8 @@ def pair_models(recipe: Recipe, models: Mapping[str, OpenModel]) -> PairedModels
         values = {name: _value_named(recipe.trunk, name, graph) for name, graph in graphs.items()}
         heads = {name: head_of(graph, values[name]) for name, graph in graphs.items()}
         graphs = {name: up_to(graph, [values[name]]) for name, graph in graphs.items()}
-    pairings = {name: _paired(donor, name, graphs) for name in graphs}
+    same_widths = recipe.alignment is None or recipe.alignment.matching != TRANSPORT
+    pairings = {name: _paired(donor, name, graphs, same_widths=same_widths) for name in graphs}
     # One set for all: a Constant node of the donor equals itself, and only the other graphs tell that it is a weight.
     weights = weights_among(graphs[donor], list(pairings.values()))
     paired = {}
@@ -95,9 +97,9 @@ def _value_named(trunk: str, name: str, graph: ir.Model) -> str:
     return trunk
 
 
-def _paired(donor: str, name: str, graphs: Mapping[str, ir.Model]) -> Pairs:
+def _paired(donor: str, name: str, graphs: Mapping[str, ir.Model], *, same_widths: bool) -> Pairs:
     try:
-        return pair_values(graphs[donor], graphs[name])
+        return pair_values(graphs[donor], graphs[name], same_widths=same_widths)
     except StructureMismatch as error:
         raise StructureMismatch(f"{donor} and {name}: {error}") from error
 

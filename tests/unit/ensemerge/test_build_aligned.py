@@ -8,14 +8,19 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 from support.zoo import exported, feeds
+from torch import nn
 
 from ensemerge.align.proof import permuted
 from ensemerge.build import build
 from ensemerge.errors import EnsemergeError, InvalidData, InvalidModel, InvalidSpec
+from ensemerge.export import InputSpec, publish_module
 from ensemerge.graph.derive import derive_symmetry
+from ensemerge.graph.files import load
 from ensemerge.graph.permute import random_permutations
 from ensemerge.graph.run import Runner
+from ensemerge.graph.surgery import held_tensors
 from ensemerge.repository import Repository, Version
 
 
@@ -78,6 +83,38 @@ def test_a_network_merged_with_its_shuffled_self_is_itself(
     assert version.manifest.figures["exact"] == float(method != "zipit" and parameters.get("matching") != "zip")
     expected = answer(repository.version(name).model_path, kind)
     assert np.abs(answer(version.model_path, kind) - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+class Perceptron(nn.Module):
+    """One hidden layer, of any width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, width), nn.Linear(width, 3)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.relu(self.first(features)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("regularization", [0.0, 0.05])
+def test_networks_of_two_widths_are_fused(tmp_path: Path, regularization: float) -> None:
+    repository = Repository(tmp_path / "models", create=True)
+    for name, width in (("wide", 12), ("narrow", 8)):
+        torch.manual_seed(width)
+        publish_module(repository, name, Perceptron(width), [InputSpec("features", (4,))])
+    parameters = {"regularization": regularization}
+    version = merged(repository, ["wide", "narrow"], merge_method="ot_fusion", parameters=parameters)
+    (got,) = Runner(version.model_path).run({"features": np.ones((5, 4), np.float32)}).values()
+    assert got.shape == (5, 3)
+    assert np.isfinite(got).all()
+    weights = held_tensors(load(version.model_path))
+    assert tuple(weights["first.weight"].numpy().shape) == (12, 4)
+
+
+def test_networks_of_one_width_are_fused_as_they_are_matched(repository: Repository) -> None:
+    version = merged(repository, ["net", "net-shuffled"], merge_method="ot_fusion")
+    expected = answer(repository.version("net").model_path, "resnet")
+    assert np.abs(answer(version.model_path, "resnet") - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
 def test_any_method_may_merge_aligned_networks(repository: Repository) -> None:
@@ -144,6 +181,8 @@ REFUSED: list[tuple[dict[str, Any], type[EnsemergeError], str]] = [
     ({"align": {"by": "weights", "start": 3}}, InvalidSpec, "unknown key 'start'"),
     ({"align": {"starts": -1}}, InvalidSpec, "'starts' is -1; expected at least 0"),
     ({"align": {"budget": 1.5, "matching": "zip"}}, InvalidSpec, "'budget' is 1.5; expected a value from 0 to 1"),
+    ({"align": {"by": "both", "matching": "transport"}}, InvalidSpec, "a transport compares weights"),
+    ({"merge_method": "ot_fusion", "parameters": {"regularization": -1}}, InvalidSpec, "expected at least 0"),
     ({"trunk": "meen"}, InvalidSpec, "net has no such value; did you mean 'mean'"),
     ({"trunk": "relu_3"}, InvalidModel, "do not follow from 'relu_3' alone"),
 ]

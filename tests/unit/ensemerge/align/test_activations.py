@@ -49,11 +49,15 @@ def test_correlations_are_those_of_the_activations() -> None:
     assert np.abs(found[0, 0].tables[space.name][np.ix_(varies, varies)] - expected).max() < 1e-5
 
 
-def test_one_row_tells_nothing_of_features_and_everything_stays_at_zero() -> None:
+def test_one_row_tells_nothing_of_features_but_something_of_places() -> None:
     model = exported("mlp")
     symmetry = derive_symmetry(model)
-    found = correlate(symmetry, [Observed(model, {v: v for v in symmetry.values})], feeds("mlp", rows=1), [(0, 0)])
-    assert all(not table.any() for table in found[0, 0].tables.values())
+    with pytest.raises(InvalidData, match="no unit varies on the 1 rows"):
+        correlate(symmetry, [Observed(model, {v: v for v in symmetry.values})], feeds("mlp", rows=1), [(0, 0)])
+    model = exported("resnet")
+    symmetry = derive_symmetry(model)
+    found = correlate(symmetry, [Observed(model, {v: v for v in symmetry.values})], feeds("resnet", rows=1), [(0, 0)])
+    assert found[0, 0].tables["stem.0.weight:0"].any()
 
 
 def test_data_that_do_not_fit() -> None:
