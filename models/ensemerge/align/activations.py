@@ -19,9 +19,12 @@ from ensemerge.graph.permute import outer_place
 from ensemerge.graph.run import Arrays, Runner
 from ensemerge.graph.surgery import up_to
 from ensemerge.graph.symmetry import Axis, Block, Product, Space, Symmetry
+from ensemerge.graph.trace import ROWS
 from ensemerge.progress import Notify, silent
 
+# A batch has so many rows at most, fewer where what is seen of one network in them would take more bytes.
 BATCH_ROWS = 32
+BATCH_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -49,14 +52,14 @@ def correlate(
     values = sorted({value for space in spaces for value in symmetry.probes[space.name]})
     moments: dict[tuple[str, int, int], Moments] = {}
     rows = len(next(iter(feeds.values()))) if feeds else 0
-    done = 0
-    for batches in zip(*(_batches(network, values, feeds) for network in networks), strict=True):
+    done, at_once = 0, _batch_rows(symmetry, values)
+    for batches in zip(*(_batches(network, values, feeds, at_once) for network in networks), strict=True):
         for space in spaces:
             seen = [_vectors(symmetry, space, batch) for batch in batches]
             for i, j in pairs:
                 known = moments.setdefault((space.name, i, j), Moments(len(seen[i]), len(seen[j])))
                 known.add(seen[i], seen[j])
-        done = min(done + BATCH_ROWS, rows)
+        done = min(done + at_once, rows)
         notify("compare activations", done, rows)
     tables = {
         (i, j): Tables({space.name: moments[space.name, i, j].correlations() for space in spaces}) for i, j in pairs
@@ -66,9 +69,18 @@ def correlate(
     return tables
 
 
-def _batches(network: Observed, values: Sequence[str], feeds: Arrays) -> Iterator[dict[str, np.ndarray]]:
+def _batch_rows(symmetry: Symmetry, values: Sequence[str]) -> int:
+    """How many rows are run at once, by the sizes with which shapes were traced: those of `ROWS` rows."""
+    sizes = [[sum(symmetry.size(factors) for factors in axis) for axis in symmetry.values[value]] for value in values]
+    row_bytes = sum(4 * math.prod(axes) for axes in sizes) // ROWS
+    return max(1, min(BATCH_ROWS, BATCH_BYTES // max(row_bytes, 1)))
+
+
+def _batches(
+    network: Observed, values: Sequence[str], feeds: Arrays, batch_rows: int
+) -> Iterator[dict[str, np.ndarray]]:
     names = [network.names[value] for value in values]
-    runner = Runner(up_to(network.model, list(dict.fromkeys(names))), batch_rows=BATCH_ROWS)
+    runner = Runner(up_to(network.model, list(dict.fromkeys(names))), batch_rows=batch_rows)
     for batch in runner.batches(feeds, list(dict.fromkeys(names))):
         yield {value: batch[name] for value, name in zip(values, names, strict=True)}
 
@@ -81,7 +93,7 @@ def _vectors(symmetry: Symmetry, space: Space, batch: Mapping[str, np.ndarray]) 
         for block in _free_blocks(symmetry, symmetry.values[value])
         if space.name in block.spaces
     ]
-    seen = np.concatenate(parts, axis=1)
+    seen = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
     if not np.isfinite(seen).all():
         raise InvalidData("activations on the calibration data are not finite; check the data and the weights")
     return seen

@@ -30,6 +30,8 @@ ROUGH = 0.1
 # What is added to the curvature, relative to a row's sum, and how often a step that goes wrong is halved.
 RIDGE = 1e-10
 HALVINGS = 40
+# The smallest regularization, relative to the range of similarities: below it float64 cannot tell rows' sums.
+FINEST = 1e-9
 
 
 def transport(similarity: np.ndarray) -> np.ndarray:
@@ -68,6 +70,11 @@ def sinkhorn(
     if not (0 < regularization < math.inf and 0 < tolerance < 1):
         raise InvalidData(
             f"regularization {regularization}, tolerance {tolerance}: expected a positive number, and one from 0 to 1"
+        )
+    if regularization < FINEST * float(np.ptp(table)):
+        raise InvalidData(
+            f"a regularization of {regularization} is lost in similarities from {table.min():.3g} to "
+            f"{table.max():.3g}; use transport, which has none"
         )
     if len(table) > table.shape[1]:
         return sinkhorn(table.T, regularization, tolerance=tolerance, iterations=iterations).T

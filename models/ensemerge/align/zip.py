@@ -137,9 +137,9 @@ class _Columns:
         rows = np.flatnonzero(self._open) if full else self.home
         while True:
             row = int(rows[self._bound[rows].argmax()])
+            assert self._bound[row] > -np.inf, "the rule above always leaves a pair"
             partner = int(self._partner[row])
             if self._table[row, partner] == self._bound[row] and not self._spent(row)[partner]:
-                assert self._bound[row] > -np.inf, "the rule above always leaves a pair"
                 return min(row, partner), max(row, partner)
             allowed = np.where(self._spent(row), -np.inf, self._table[row])
             self._partner[row] = allowed.argmax()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 
 import numpy as np
@@ -71,9 +73,21 @@ def _train_and_export(repository: Repository, train_images: Images, held_out: Im
     networks: dict[str, DigitNet] = {}
     for name, training in TRAININGS.items():
         start = networks[training.start] if training.start else None
-        networks[name] = train(name, train_images, start, notify)
+        with _one_thread():
+            networks[name] = train(name, train_images, start, notify)
         check = _check_accuracy(name, held_out_accuracy(networks[name], held_out))
         _export(repository, name, networks[name], training, check)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """For layers as small as these two threads gain little, and wait for each other where others compute as well."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _check_accuracy(name: str, accuracy: float) -> Check:
