@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -13,13 +12,13 @@ from ensemerge.align.zipping import Mixing, mixed
 from ensemerge.graph.permute import moved
 from ensemerge.graph.symmetry import Block, Permutations, Product, Symmetry
 from ensemerge.weights.prepared import PermutedWeights
-from ensemerge.weights.reader import TensorInfo, WeightReader, read
+from ensemerge.weights.reader import TensorInfo, WeightReader, WrappedWeights, read
 
 # What moving a whole tensor takes beside the result: the tensor, and a copy for each step.
 COPIES = 3
 
 
-class MovedWeights:
+class MovedWeights(WrappedWeights):
     """The weights of a network, moved by a group element, under the names that its symmetry has.
 
     Where every axis moves by itself a window is read as it is wanted. Where units within groups have orders of their
@@ -32,15 +31,11 @@ class MovedWeights:
         touched = {name for name in inner.names if name in symmetry.weights and self._is_touched(name)}
         maps = {name: axis_maps(symmetry, name, permutations) for name in touched}
         self._whole = {name for name, axes in maps.items() if axes is None}
-        self._inner: WeightReader = PermutedWeights(inner, {name: axes for name, axes in maps.items() if axes})
+        super().__init__(PermutedWeights(inner, {name: axes for name, axes in maps.items() if axes}))
 
     def _is_touched(self, name: str) -> bool:
         axes = self._symmetry.weights[name]
         return any(space in self._permutations for block in self._symmetry.blocks(axes) for space in block.spaces)
-
-    @property
-    def names(self) -> Sequence[str]:
-        return self._inner.names
 
     @property
     def ties(self) -> Mapping[str, str]:
@@ -49,13 +44,6 @@ class MovedWeights:
     @property
     def resident_bytes(self) -> int:
         return self._inner.resident_bytes + sum(order.nbytes for order in self._permutations.values())
-
-    @property
-    def files(self) -> Sequence[Path]:
-        return self._inner.files
-
-    def info(self, name: str) -> TensorInfo:
-        return self._inner.info(name)
 
     def window(self, name: str, start: int, stop: int) -> torch.Tensor:
         if name not in self._whole:
@@ -74,22 +62,18 @@ class MovedWeights:
         return own + self._inner.window_bytes(name, elements)
 
 
-class MixedWeights:
+class MixedWeights(WrappedWeights):
     """A network's share of a zip: the merged weights are the mean of all networks' shares.
 
     Whole tensors are read; they come in the dtype of the network.
     """
 
     def __init__(self, inner: WeightReader, symmetry: Symmetry, mixing: Mixing, networks: int) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._symmetry = symmetry
         self._mixing = mixing
         self._networks = networks
         self._touched = {name for name in inner.names if name in symmetry.weights}
-
-    @property
-    def names(self) -> Sequence[str]:
-        return self._inner.names
 
     @property
     def ties(self) -> Mapping[str, str]:
@@ -99,13 +83,6 @@ class MixedWeights:
     def resident_bytes(self) -> int:
         maps = (*self._mixing.averaged.values(), *self._mixing.copied.values())
         return self._inner.resident_bytes + sum(table.nbytes for table in maps)
-
-    @property
-    def files(self) -> Sequence[Path]:
-        return self._inner.files
-
-    def info(self, name: str) -> TensorInfo:
-        return self._inner.info(name)
 
     def window(self, name: str, start: int, stop: int) -> torch.Tensor:
         if name not in self._touched:
@@ -123,21 +100,17 @@ class MixedWeights:
         return own + self._inner.window_bytes(name, elements)
 
 
-class CarriedWeights:
+class CarriedWeights(WrappedWeights):
     """A network's weights carried over to the units of another, in that one's shapes and under its names.
 
     Whole tensors are read; they come in the dtype of the network.
     """
 
     def __init__(self, inner: WeightReader, first: Symmetry, second: Symmetry, plans: Plans) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._first = first
         self._second = second
         self._plans = plans
-
-    @property
-    def names(self) -> Sequence[str]:
-        return self._inner.names
 
     @property
     def ties(self) -> Mapping[str, str]:
@@ -146,10 +119,6 @@ class CarriedWeights:
     @property
     def resident_bytes(self) -> int:
         return self._inner.resident_bytes + sum(plan.nbytes for plan in self._plans.values())
-
-    @property
-    def files(self) -> Sequence[Path]:
-        return self._inner.files
 
     def info(self, name: str) -> TensorInfo:
         info = self._inner.info(name)

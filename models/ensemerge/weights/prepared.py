@@ -16,13 +16,13 @@ import numpy as np
 import torch
 
 from ensemerge.errors import InvalidData
-from ensemerge.weights.reader import TensorInfo, WeightReader, check_stretch, most_rows, rows_of
+from ensemerge.weights.reader import TensorInfo, WeightReader, WrappedWeights, check_stretch, most_rows, rows_of
 
 MANY_RUNS = 4096  # of rows per window: one look at the whole tensor is then quicker than so many reads
 INDEX_BYTES = 40  # the most that finding a row's place takes: whole numbers of 8 bytes, a few at a time
 
 
-class PermutedWeights:
+class PermutedWeights(WrappedWeights):
     """A reader whose axes are re-indexed: `maps[name][axis]` gives for each index of the axis the index in `inner`.
 
     Any index array will do, permutations among them; its length is the axis' size. The maps of a residual network keep
@@ -31,17 +31,13 @@ class PermutedWeights:
     """
 
     def __init__(self, inner: WeightReader, maps: Mapping[str, Mapping[int, np.ndarray]]) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._maps = {
             name: {axis: _index(name, indices) for axis, indices in m.items()} for name, m in maps.items() if m
         }
         self._infos = {name: _reindexed(name, inner.info(name), m) for name, m in self._maps.items()}
         self._ties = {new: old for new, old in inner.ties.items() if _equal_maps(self._maps, new, old)}
         self._runs = {name: _count_runs(m[0]) if 0 in m else 1 for name, m in self._maps.items()}
-
-    @property
-    def names(self) -> Sequence[str]:
-        return self._inner.names
 
     @property
     def ties(self) -> Mapping[str, str]:
@@ -51,10 +47,6 @@ class PermutedWeights:
     def resident_bytes(self) -> int:
         held = sum(indices.nbytes for axes in self._maps.values() for indices in axes.values())
         return self._inner.resident_bytes + held
-
-    @property
-    def files(self) -> Sequence[Path]:
-        return self._inner.files
 
     def info(self, name: str) -> TensorInfo:
         return self._infos[name] if name in self._infos else self._inner.info(name)
@@ -111,24 +103,20 @@ class RowMap:
     made: Mapping[int, Sequence[Row]] = field(default_factory=dict)
 
 
-class RowMappedWeights:
+class RowMappedWeights(WrappedWeights):
     """A reader some of whose tensors have other rows. Rows of other dtypes are rounded to the tensor's own, once.
 
     Raises InvalidData where a map names a row that a tensor does not have, or a row of another length.
     """
 
     def __init__(self, inner: WeightReader, rows: Mapping[str, RowMap]) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._rows = dict(rows)
         self._made = {name: sorted(map_.made) for name, map_ in rows.items()}
         self._given = {name: _distinct(map_.made) for name, map_ in rows.items()}
         self._runs = {name: _count_runs(map_.index) for name, map_ in rows.items()}
         self._infos = {name: _mapped_info(name, inner.info(name), map_) for name, map_ in rows.items()}
         self._ties = {new: old for new, old in inner.ties.items() if self._rows.get(new) is self._rows.get(old)}
-
-    @property
-    def names(self) -> Sequence[str]:
-        return self._inner.names
 
     @property
     def ties(self) -> Mapping[str, str]:
@@ -186,28 +174,12 @@ class RowMappedWeights:
         return rows + max(gathered, averaged) - elements * info.dtype.itemsize + count * INDEX_BYTES
 
 
-class CastWeights:
+class CastWeights(WrappedWeights):
     """A reader whose floating tensors are rounded to `dtype` as they are read; other tensors stay as they are."""
 
     def __init__(self, inner: WeightReader, dtype: torch.dtype) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._dtype = dtype
-
-    @property
-    def names(self) -> Sequence[str]:
-        return self._inner.names
-
-    @property
-    def ties(self) -> Mapping[str, str]:
-        return self._inner.ties
-
-    @property
-    def resident_bytes(self) -> int:
-        return self._inner.resident_bytes
-
-    @property
-    def files(self) -> Sequence[Path]:
-        return self._inner.files
 
     def info(self, name: str) -> TensorInfo:
         info = self._inner.info(name)
@@ -215,9 +187,6 @@ class CastWeights:
 
     def window(self, name: str, start: int, stop: int) -> torch.Tensor:
         return self._inner.window(name, start, stop).to(self.info(name).dtype)
-
-    def give_back(self, name: str, start: int, stop: int) -> None:
-        self._inner.give_back(name, start, stop)
 
     def window_bytes(self, name: str, elements: int) -> int:
         dtype = self._inner.info(name).dtype

@@ -97,11 +97,46 @@ def most_rows(info: TensorInfo, elements: int) -> tuple[int, int]:
     return min(rows, -(-elements // columns) + 1), columns
 
 
-class RenamedWeights:
+class WrappedWeights:
+    """A reader around another, which passes on everything; what a preparation changes, it overrides."""
+
+    def __init__(self, inner: WeightReader) -> None:
+        self._inner = inner
+
+    @property
+    def names(self) -> Sequence[str]:
+        return self._inner.names
+
+    @property
+    def ties(self) -> Mapping[str, str]:
+        return self._inner.ties
+
+    @property
+    def resident_bytes(self) -> int:
+        return self._inner.resident_bytes
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return self._inner.files
+
+    def info(self, name: str) -> TensorInfo:
+        return self._inner.info(name)
+
+    def window(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self._inner.window(name, start, stop)
+
+    def give_back(self, name: str, start: int, stop: int) -> None:
+        self._inner.give_back(name, start, stop)
+
+    def window_bytes(self, name: str, elements: int) -> int:
+        return self._inner.window_bytes(name, elements)
+
+
+class RenamedWeights(WrappedWeights):
     """A reader under the names of another: `mapping` leads from the new name to the wrapped reader's own."""
 
     def __init__(self, inner: WeightReader, mapping: Mapping[str, str]) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._mapping = mapping
         first: dict[str, str] = {}
         kept = {new: inner.ties.get(old, old) for new, old in mapping.items()}
@@ -114,14 +149,6 @@ class RenamedWeights:
     @property
     def ties(self) -> Mapping[str, str]:
         return self._ties
-
-    @property
-    def resident_bytes(self) -> int:
-        return self._inner.resident_bytes
-
-    @property
-    def files(self) -> Sequence[Path]:
-        return self._inner.files
 
     def info(self, name: str) -> TensorInfo:
         return self._inner.info(self._mapping[name])

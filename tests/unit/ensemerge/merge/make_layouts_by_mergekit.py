@@ -17,7 +17,7 @@ from mergekit.config import MergeConfiguration  # type: ignore[import-not-found]
 from mergekit.io.tasks import LoaderCache  # type: ignore[import-not-found]
 from mergekit.options import MergeOptions  # type: ignore[import-not-found]
 from mergekit.plan import MergePlanner  # type: ignore[import-not-found]
-from transformers import LlamaConfig, LlamaForCausalLM  # type: ignore[import-not-found]
+from transformers import LlamaConfig, LlamaForCausalLM
 
 RECIPES = {
     "gradients": """
