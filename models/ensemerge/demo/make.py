@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 
 import numpy as np
@@ -15,6 +13,7 @@ from ensemerge.demo.networks import REQUIRED_ACCURACY, TRAININGS, DigitNet, Trai
 from ensemerge.export import InputSpec, Provenance, publish_module
 from ensemerge.progress import Notify
 from ensemerge.repository import Check, Repository, Task, sha256
+from ensemerge.threads import one_thread
 
 MEMBERS = ("digits-a", "digits-b", "digits-c")
 STRANGERS = ("digits-x", "digits-y")
@@ -73,21 +72,10 @@ def _train_and_export(repository: Repository, train_images: Images, held_out: Im
     networks: dict[str, DigitNet] = {}
     for name, training in TRAININGS.items():
         start = networks[training.start] if training.start else None
-        with _one_thread():
+        with one_thread():
             networks[name] = train(name, train_images, start, notify)
         check = _check_accuracy(name, held_out_accuracy(networks[name], held_out))
         _export(repository, name, networks[name], training, check)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """For layers as small as these two threads gain little, and wait for each other where others compute as well."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _check_accuracy(name: str, accuracy: float) -> Check:

@@ -35,6 +35,7 @@ from ensemerge.merge.method import (
     within,
 )
 from ensemerge.progress import Notify, silent
+from ensemerge.threads import one_thread
 from ensemerge.weights.reader import TensorInfo, WeightReader
 
 T = TypeVar("T")
@@ -130,7 +131,7 @@ def merge_weights(
     Raises InvalidModel for NaN, for integers that differ, for a result that its dtype does not hold.
     """
     machine, journal = machine or Machine(), journal or NoJournal()
-    with _one_thread_each(), _pool(machine.threads) as pool:
+    with one_thread(), _pool(machine.threads) as pool:
         run = _Run(machine, pool, _Progress(jobs, notify))
         shared = _shared_findings(run, jobs)
         left = [job for job in jobs if not journal.holds(job.name)]
@@ -403,14 +404,3 @@ def _drain(results: Iterable[object]) -> None:
 
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="merge")
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Every worker computes alone: a sum that torch splits among threads would depend on how many there are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
