@@ -49,6 +49,8 @@ def correlate(
     for `feeds` that do not fit.
     """
     spaces = [space for space in symmetry.free if space.name in symmetry.probes]
+    if not spaces:
+        return {pair: Tables({}) for pair in pairs}
     values = sorted({value for space in spaces for value in symmetry.probes[space.name]})
     moments: dict[tuple[str, int, int], Moments] = {}
     rows = len(next(iter(feeds.values()))) if feeds else 0
@@ -64,7 +66,7 @@ def correlate(
     tables = {
         (i, j): Tables({space.name: moments[space.name, i, j].correlations() for space in spaces}) for i, j in pairs
     }
-    if spaces and not any(table.any() for known in tables.values() for table in known.tables.values()):
+    if not any(table.any() for known in tables.values() for table in known.tables.values()):
         raise InvalidData(f"no unit varies on the {rows} rows of calibration data; expected more rows, or by: weights")
     return tables
 
@@ -102,9 +104,11 @@ def _vectors(symmetry: Symmetry, space: Space, batch: Mapping[str, np.ndarray]) 
 def _free_blocks(symmetry: Symmetry, axes: Sequence[Axis]) -> Iterator[Block]:
     """The parts of a value; axes on which nothing may move, such as rows and places, are left whole and have no name.
 
-    They may also have another size than when shapes were traced.
+    They may also have another size than when shapes were traced. What frees units within it, such as directions, has.
     """
-    free = [any(symmetry.spaces[name].is_free for factors in axis for name in factors) for axis in axes]
+    names = {name for axis in axes for factors in axis for name in factors if symmetry.spaces[name].is_free}
+    names |= {outer for name in names for outer in symmetry.spaces[name].within}
+    free = [any(name in names for factors in axis for name in factors) for axis in axes]
     for block in symmetry.blocks([axis if moves else ((),) for axis, moves in zip(axes, free, strict=True)]):
         region = tuple(part if moves else slice(None) for part, moves in zip(block.region, free, strict=True))
         yield Block(region, tuple(f if moves else ("",) for f, moves in zip(block.factors, free, strict=True)))

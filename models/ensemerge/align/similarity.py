@@ -199,17 +199,24 @@ def _vectors(symmetry: Symmetry, part: np.ndarray, block: Block, at: int, *, sor
 
 
 class Moments:
-    """Sums over samples of two sets of units, for their correlations. In float64, so that large sums stay exact."""
+    """Sums over samples of two sets of units, for their correlations.
+
+    Kept in float64, of samples less the mean of the first ones: a large mean would drown the products in rounding.
+    """
 
     def __init__(self, first: int, second: int) -> None:
         self._count = 0
+        self._shifts = np.zeros((first, 1), np.float32), np.zeros((second, 1), np.float32)
         self._sums = np.zeros(first), np.zeros(second)
         self._squares = np.zeros(first), np.zeros(second)
         self._products = np.zeros((first, second))
 
     def add(self, first: np.ndarray, second: np.ndarray) -> None:
         """More samples, `(units, samples) float32` of each."""
+        if not self._count and first.shape[1]:
+            self._shifts = first.mean(axis=1, keepdims=True), second.mean(axis=1, keepdims=True)
         self._count += first.shape[1]
+        first, second = first - self._shifts[0], second - self._shifts[1]
         for values, sums, squares in zip((first, second), self._sums, self._squares, strict=True):
             sums += values.sum(axis=1, dtype=np.float64)
             squares += np.einsum("us,us->u", values, values, dtype=np.float64)
@@ -222,8 +229,8 @@ class Moments:
         means = [sums / self._count for sums in self._sums]
         covariance = self._products / self._count - np.outer(*means)
         deviations = []
-        for mean, squares in zip(means, self._squares, strict=True):
-            square = squares / self._count
-            variance = square - mean**2
+        for mean, squares, shift in zip(means, self._squares, self._shifts, strict=True):
+            variance = squares / self._count - mean**2
+            square = variance + (mean + shift[:, 0]) ** 2
             deviations.append(np.sqrt(np.where(variance > NO_VARIANCE * square, variance, np.inf)))
         return np.clip(covariance / np.outer(*deviations), -1, 1)

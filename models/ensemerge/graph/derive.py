@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -39,7 +39,8 @@ def derive_symmetry(
     for node in model.graph:
         apply_rule(walk, node)
     for value in model.graph.outputs:
-        walk.probe(value) if is_trunk else walk.freeze(value, "it is an output")
+        if walk.knows(value):
+            walk.probe(value) if is_trunk else walk.freeze(value, "it is an output")
     return _Reading(walk).symmetry()
 
 
@@ -90,9 +91,9 @@ class _Reading:
         """For each space whose units may move those within which it lies, outer ones first."""
         together: dict[Units, Leaves] = {}
         for units in self._everywhere():
-            present = frozenset(part.root for unit in units for term in unit.terms for part in term.factors)
-            for part in present:
-                together[part] = together[part] & present if part in together else present
+            for block in itertools.product(*(_distinct_terms(unit) for unit in units)):
+                for part, others in _told_apart(block):
+                    together[part] = together[part] & others if part in together else others
         found = {unit: together.get(unit, frozenset()) for unit in self._names}
         outer = {
             unit: [other for other in found[unit] if other in found and _is_outer(unit, other, found)]
@@ -178,6 +179,25 @@ def _freeze_sums_in_products(units: Units) -> None:
 
 def _reason(unit: Units) -> str | None:
     return next((leaf.frozen for leaf in unit.leaves if leaf.frozen), None)
+
+
+def _distinct_terms(units: Units) -> list[tuple[Units, ...]]:
+    """The terms of an axis by their factors; those that consist of the same spaces once."""
+    return list(dict.fromkeys(tuple(factor.root for factor in term.factors) for term in units.terms))
+
+
+def _told_apart(block: Sequence[tuple[Units, ...]]) -> Iterator[tuple[Units, Leaves]]:
+    """Each space of a block, and the others of which it is clear where they are counted.
+
+    That is on the space's own axis, or else on the only one that has them; what is a concatenation elsewhere may be on
+    yet another one in parts.
+    """
+    everywhere = [factor for factors in block for factor in factors]
+    for factors in block:
+        counts = {one: (factors if one in factors else everywhere).count(one) for one in everywhere if one.is_leaf}
+        clear = frozenset(one for one, count in counts.items() if count == 1)
+        for part in factors:
+            yield part, clear
 
 
 def _is_outer(unit: Units, other: Units, together: Mapping[Units, Leaves]) -> bool:

@@ -12,7 +12,19 @@ from itertools import zip_longest
 import onnx_ir as ir
 
 from ensemerge.graph.units import Units, cut, product_of, sum_of, tie
-from ensemerge.graph.walk import Copies, Dim, Varying, Walk, axes_of, permutation, regroup, squeezed, unsqueezed
+from ensemerge.graph.walk import (
+    Copies,
+    Dim,
+    Varying,
+    Walk,
+    axes_of,
+    cuts,
+    permutation,
+    regroup,
+    squeezed,
+    subgraphs,
+    unsqueezed,
+)
 
 Rule = Callable[[Walk, ir.Node], None]
 INPUT_ORDER = "the operator depends on the order along it"
@@ -21,7 +33,7 @@ INPUT_ORDER = "the operator depends on the order along it"
 def apply_rule(walk: Walk, node: ir.Node) -> None:
     """What a node says of its axes. An operator without a rule freezes all that it reads and writes."""
     rule = RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
-    if rule is None:
+    if rule is None or not all(walk.knows(value) for value in node.inputs if value is not None):
         _refuse(walk, node)
         return
     try:
@@ -30,12 +42,15 @@ def apply_rule(walk: Walk, node: ir.Node) -> None:
         _refuse(walk, node)
         return
     for value in node.outputs:
-        if value.name not in walk.trace.shapes:
-            continue
-        if value not in walk.dims:
-            walk.set(value, walk.fresh(value, f"{node.op_type} has no rule for it"))
-        if [dim.size for dim in walk.axes(value)] != list(walk.shape(value)):
+        if value.name in walk.trace.shapes and not _is_explained(walk, value):
             _refuse(walk, node)
+
+
+def _is_explained(walk: Walk, value: ir.Value) -> bool:
+    """Whether the rule has said of what the axes of an output consist, or nobody wants to know."""
+    if value not in walk.dims:
+        return not value.uses() and not value.is_graph_output()
+    return [dim.size for dim in walk.axes(value)] == list(walk.shape(value))
 
 
 def _refuse(walk: Walk, node: ir.Node) -> None:
@@ -45,18 +60,13 @@ def _refuse(walk: Walk, node: ir.Node) -> None:
 
 
 def _freeze_all(walk: Walk, node: ir.Node, reason: str) -> None:
-    inner = [value for graph in _subgraphs(node) for step in graph for value in step.inputs]
+    inner = [value for graph in subgraphs(node) for step in graph.all_nodes() for value in step.inputs]
     for value in (*node.inputs, *inner):
         if value is not None and (value in walk.dims or value.is_initializer()):
             walk.freeze(value, reason)
     for value in node.outputs:
         if value.name in walk.trace.shapes:
             walk.set(value, walk.fresh(value, reason))
-
-
-def _subgraphs(node: ir.Node) -> list[ir.Graph]:
-    attributes = node.attributes.values()
-    return [attribute.as_graph() for attribute in attributes if attribute.type == ir.AttributeType.GRAPH]
 
 
 def _data(node: ir.Node, position: int = 0) -> ir.Value:
@@ -160,6 +170,9 @@ def _matmul(walk: Walk, node: ir.Node) -> None:
     tie(ours[-1], theirs[-2] if len(theirs) > 1 else theirs[-1])
     walk.summed |= {(left, len(ours) - 1), (right, max(len(theirs) - 2, 0))}
     batch = _broadcast([ours[:-2], theirs[:-2]])
+    walk.mix(ours, {len(ours) - 1})
+    walk.mix(theirs, {max(len(theirs) - 2, 0)})
+    walk.meet([*(_units(dim) for dim in batch), ours[-1]])
     rows = ours[-2:-1]
     columns = theirs[-1:] if len(theirs) > 1 else []
     walk.set(node.outputs[0], [*batch, *rows, *columns])
@@ -173,6 +186,8 @@ def _gemm(walk: Walk, node: ir.Node) -> None:
     theirs = theirs[::-1] if _int(node, "transB", 0) else theirs
     tie(ours[1], theirs[0])
     walk.summed |= {(left, 1 - _int(node, "transA", 0)), (right, _int(node, "transB", 0))}
+    for summed in (ours[:1], ours[1:], theirs[1:]):
+        walk.meet(summed)
     made = [ours[0], theirs[1]]
     bias = _optional(node, 2)
     walk.set(node.outputs[0], made if bias is None else _broadcast([made, walk.axes(bias)]))
@@ -186,8 +201,11 @@ def _conv(walk: Walk, node: ir.Node) -> None:
     _freeze(kernel[2:], "it is a place in a kernel")
     _freeze(image[2:], "it is a place in an image")
     walk.summed.add((weight, 1))
-    outer = _grouped(image[1], kernel[0], kernel[1], _int(node, "group", 1))
-    _finish_conv(walk, node, image[0], outer)
+    group, inner = Units(_int(node, "group", 1)), Units(kernel[0].size // _int(node, "group", 1))
+    tie(image[1], product_of([group, kernel[1]]))
+    tie(kernel[0], product_of([group, inner]))
+    _meet_channels(walk, group, image[1], kernel[0])
+    _finish_conv(walk, node, image[0], kernel[0])
 
 
 def _conv_transpose(walk: Walk, node: ir.Node) -> None:
@@ -197,25 +215,19 @@ def _conv_transpose(walk: Walk, node: ir.Node) -> None:
     image, kernel = walk.units(data), walk.units(weight)
     _freeze(kernel[2:], "it is a place in a kernel")
     _freeze(image[2:], "it is a place in an image")
-    groups = _int(node, "group", 1)
     walk.summed.add((weight, 0))
+    group, inner = Units(_int(node, "group", 1)), Units(kernel[0].size // _int(node, "group", 1))
     tie(image[1], kernel[0])
-    if groups == 1:
-        _finish_conv(walk, node, image[0], kernel[1])
-        return
-    group = Units(groups)
-    tie(kernel[0], product_of([group, Units(kernel[0].size // groups)]))
-    _finish_conv(walk, node, image[0], product_of([group, kernel[1]]))
+    tie(kernel[0], product_of([group, inner]))
+    out = product_of([group, kernel[1]])
+    _meet_channels(walk, group, image[1], out)
+    _finish_conv(walk, node, image[0], out)
 
 
-def _grouped(channels: Units, out: Units, into: Units, groups: int) -> Units:
-    if groups == 1:
-        tie(channels, into)
-        return out
-    group = Units(groups)
-    tie(channels, product_of([group, into]))
-    tie(out, product_of([group, Units(out.size // groups)]))
-    return out
+def _meet_channels(walk: Walk, group: Units, into: Units, out: Units) -> None:
+    """Channels are summed over all places, and those of a group for each channel that comes out of it."""
+    for units in (group, into, out):
+        walk.meet([units])
 
 
 def _finish_conv(walk: Walk, node: ir.Node, batch: Units, out: Units) -> None:
@@ -232,12 +244,24 @@ def _einsum(walk: Walk, node: ir.Node) -> None:
         _freeze_all(walk, node, "Einsum has no rule for this equation")
         return
     terms, result = equation.split("->")
+    given = [(value, term) for value, term in zip(node.inputs, terms.split(","), strict=True) if value is not None]
     letters: dict[str, Units] = {}
-    for value, term in zip(node.inputs, terms.split(","), strict=True):
-        assert value is not None
+    for value, term in given:
         for letter, unit in zip(term, walk.units(value), strict=True):
             tie(letters.setdefault(letter, unit), unit)
+    walk.probe(*(value for value, _ in given))
+    walk.summed |= {(value, axis) for value, term in given for axis, letter in enumerate(term) if letter not in result}
+    _meet_letters(walk, letters, [term for _, term in given], result)
     walk.set(node.outputs[0], [letters[letter] for letter in result])
+
+
+def _meet_letters(walk: Walk, letters: Mapping[str, Units], terms: Sequence[str], result: str) -> None:
+    """What is kept is beside what is summed; what is summed is the same in all terms, beside what these share."""
+    for term in terms:
+        walk.meet([letters[letter] for letter in term if letter in result])
+    for summed in sorted(letters.keys() - set(result)):
+        shared = set.intersection(*(set(term) for term in terms if summed in term))
+        walk.meet([letters[letter] for letter in sorted(shared)])
 
 
 def _freeze(units: Sequence[Units], reason: str) -> None:
@@ -294,7 +318,7 @@ def _along(walk: Walk, node: ir.Node) -> None:
     """Something over one axis that the order of its units does not change, and that keeps the axis."""
     units = walk.units(_data(node))
     axis = _int(node, "axis", -1) % len(units)
-    walk.meet([unit for at, unit in enumerate(units) if at != axis])
+    walk.mix(units, {axis})
     walk.set(node.outputs[0], units)
 
 
@@ -322,8 +346,9 @@ def _first_of(walk: Walk, node: ir.Node) -> None:
 def _ordered(walk: Walk, node: ir.Node) -> None:
     """CumSum."""
     units = walk.units(_data(node))
-    for axis in walk.numbers(_data(node, 1)) or range(len(units)):
-        units[axis].freeze(INPUT_ORDER)
+    axes = {axis % len(units) for axis in walk.numbers(_data(node, 1)) or range(len(units))}
+    _freeze([units[axis] for axis in axes], INPUT_ORDER)
+    walk.mix(units, axes)
     walk.set(node.outputs[0], units)
 
 
@@ -336,14 +361,18 @@ def _spatial(walk: Walk, node: ir.Node) -> None:
     if sizes[1] != units[1].size:
         units[1].freeze(INPUT_ORDER)
         units[1] = Units(sizes[1], INPUT_ORDER)
-    for value in node.outputs:
-        walk.set(value, [units[0], units[1], *places])
+    walk.mix(units, range(2, len(units)))
+    for value in node.inputs[1:]:
+        if value is not None:
+            walk.freeze(value, "it is a size")
+    walk.set(node.outputs[0], [units[0], units[1], *places])
 
 
 def _across_channels(walk: Walk, node: ir.Node) -> None:
     """LRN: channels that are neighbours go into one number."""
     units = walk.units(_data(node))
     units[1].freeze(INPUT_ORDER)
+    walk.mix(units, {1})
     walk.set(node.outputs[0], units)
 
 
@@ -420,20 +449,21 @@ def _split(walk: Walk, node: ir.Node) -> None:
 
 
 def _slice(walk: Walk, node: ir.Node) -> None:
-    data = _data(node)
-    starts, ends = walk.numbers(_data(node, 1)), walk.numbers(_data(node, 2))
-    if starts is None or ends is None:
+    data, known = _data(node), cuts(walk, node)
+    if known is None:
         _freeze_all(walk, node, "it is cut at places that are computed")
         return
-    axes = walk.numbers(_optional(node, 3)) or list(range(len(starts)))
-    steps = walk.numbers(_optional(node, 4)) or [1] * len(starts)
+    varies = not all(walk.is_settled(value) for value in node.inputs[1:] if value is not None)
     dims, shape = walk.axes(data), walk.shape(data)
-    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
-        first, last, stride = slice(start, end, step).indices(shape[axis])
+    for axis, *given in known:
+        first, last, stride = slice(*given).indices(shape[axis])
+        if varies:
+            _units(dims[axis]).freeze("it is cut at places that depend on the input")
         if stride == 1:
             dims = _sliced(dims, axis % len(shape), first, max(first, last))
         else:
             _units(dims[axis]).freeze("it is cut with steps")
+            walk.mix([_units(dim) for dim in dims], {axis % len(shape)})
             dims[axis] = Units(len(range(first, last, stride)), "it is cut with steps")
     walk.set(node.outputs[0], dims)
 
@@ -459,12 +489,15 @@ def _gather(walk: Walk, node: ir.Node) -> None:
     data, indices = _data(node), _data(node, 1)
     dims = walk.axes(data)
     axis = _int(node, "axis", 0) % len(dims)
-    places = None if walk.depends_on_input(indices) else walk.numbers(indices)
+    places = walk.numbers(indices) if walk.is_settled(indices) else None
     if places is not None and len(places) == 1:
         place = places[0] % dims[axis].size
         dims = _sliced(dims, axis, place, place + 1)
     else:
-        _units(dims[axis]).freeze("its rows are looked up by number")
+        plain = [_units(dim) for dim in dims]
+        plain[axis].freeze("its rows are looked up by number")
+        walk.mix(plain, {axis})
+        dims = [*plain]
     chosen = walk.units(indices)
     walk.set(node.outputs[0], [*dims[:axis], *chosen, *dims[axis + 1 :]])
 
@@ -472,23 +505,36 @@ def _gather(walk: Walk, node: ir.Node) -> None:
 def _pad(walk: Walk, node: ir.Node) -> None:
     """What is added is one number: its units may change places."""
     units, sizes = walk.units(_data(node)), walk.shape(node.outputs[0])
-    pads = walk.numbers(_optional(node, 1))
+    pads = _pads(walk, node, len(units))
     constant = "mode" not in node.attributes or node.attributes["mode"].as_string() == "constant"
-    if not constant or pads is None or len(pads) != 2 * len(units) or min(pads) < 0:
-        for at, size in enumerate(sizes):
-            if size != units[at].size:
-                units[at].freeze(INPUT_ORDER)
-                units[at] = Units(size, INPUT_ORDER)
-        walk.set(node.outputs[0], units)
-        return
-    before, after = pads[: len(units)], pads[len(units) :]
-    made = [sum_of([Units(b), unit, Units(a)]) for b, unit, a in zip(before, units, after, strict=True)]
+    added = constant and all(walk.is_settled(value) for value in node.inputs[1:2] if value is not None)
+    moved = {axis for axis, (before, after) in pads.items() if before or after}
+    made = list(units)
+    for axis in moved:
+        before, after = pads[axis]
+        if added and min(before, after) >= 0:
+            made[axis] = sum_of([Units(before), units[axis], Units(after)])
+        else:
+            units[axis].freeze(INPUT_ORDER)
+            walk.mix(units, {axis})
+            made[axis] = Units(sizes[axis], INPUT_ORDER)
     walk.set(node.outputs[0], made)
+
+
+def _pads(walk: Walk, node: ir.Node, rank: int) -> dict[int, tuple[int, int]]:
+    """How much is added before and after each axis. Raises ValueError where it is not known."""
+    pads = list(node.attributes["pads"].as_ints()) if "pads" in node.attributes else walk.numbers(_data(node, 1))
+    axes = walk.numbers(_optional(node, 3)) or list(range(rank))
+    if pads is None or len(pads) != 2 * len(axes):
+        raise ValueError(f"expected twice {len(axes)} pads")
+    ends = zip(pads[: len(axes)], pads[len(axes) :], strict=True)
+    return {axis % rank: both for axis, both in zip(axes, ends, strict=True)}
 
 
 def _depth_to_space(walk: Walk, node: ir.Node) -> None:
     units, sizes = walk.units(_data(node)), walk.shape(node.outputs[0])
     _freeze(units[2:], "it is a place in an image")
+    walk.mix(units, {2, 3})
     channels = Units(sizes[1])
     square = Units(units[1].size // sizes[1], "it is a place in an image")
     mode = node.attributes["mode"].as_string() if "mode" in node.attributes else "DCR"
@@ -500,6 +546,7 @@ def _depth_to_space(walk: Walk, node: ir.Node) -> None:
 def _space_to_depth(walk: Walk, node: ir.Node) -> None:
     units, sizes = walk.units(_data(node)), walk.shape(node.outputs[0])
     _freeze(units[2:], "it is a place in an image")
+    walk.mix(units, {2, 3})
     square = Units(sizes[1] // units[1].size, "it is a place in an image")
     places = [Units(size, "it is a place in an image") for size in sizes[2:]]
     walk.set(node.outputs[0], [units[0], product_of([square, units[1]]), *places])
@@ -518,95 +565,101 @@ def _recurrent(gates: int) -> Rule:
         hidden = back[2]
         tie(image[-1], into[2])
         walk.summed |= {(weight, 2), (recurrence, 2)}
-        tie(into[0], back[0])
-        into[0].freeze("it counts directions")
-        for rows, count in ((into[1], gates), (back[1], gates)):
-            tie(rows, product_of([Units(count, "it counts gates"), hidden]))
-        _tie_state(walk, node, into[0], hidden, gates)
-        time, batch = (image[1], image[0]) if _int(node, "layout", 0) else (image[0], image[1])
+        directions = into[0]
+        tie(directions, back[0])
+        directions.freeze("it counts directions")
+        for rows in (into[1], back[1]):
+            tie(rows, _gates(gates, hidden))
+        first = _int(node, "layout", 0)
+        time, batch = (image[1], image[0]) if first else (image[0], image[1])
         time.freeze("it is time")
-        _recurrent_outputs(walk, node, [time, batch, into[0], hidden])
+        state = [batch, directions, hidden] if first else [directions, batch, hidden]
+        bias, peephole = [directions, _gates(2 * gates, hidden)], [directions, _gates(3, hidden)]
+        _tie_given(walk, node, {3: bias, 4: [batch], 5: state, 6: state, 7: peephole})
+        whole = [batch, time, directions, hidden] if first else [time, directions, batch, hidden]
+        for value, dims in zip(node.outputs, (whole, state, state), strict=False):
+            walk.set(value, dims)
 
     return rule
 
 
-def _tie_state(walk: Walk, node: ir.Node, directions: Units, hidden: Units, gates: int) -> None:
-    bias = _optional(node, 3)
-    if bias is not None:
-        axes = walk.units(bias)
-        tie(axes[0], directions)
-        tie(axes[1], product_of([Units(2 * gates, "it counts gates"), hidden]))
-    for position in (5, 6):
-        state = _optional(node, position)
-        if state is not None:
-            axes = walk.units(state)
-            tie(axes[-1], hidden)
-            tie(axes[_int(node, "layout", 0)], directions)
-    peephole = _optional(node, 7)
-    if peephole is not None:
-        axes = walk.units(peephole)
-        tie(axes[0], directions)
-        tie(axes[1], product_of([Units(3, "it counts gates"), hidden]))
+def _gates(count: int, hidden: Units) -> Units:
+    return product_of([Units(count, "it counts gates"), hidden])
 
 
-def _recurrent_outputs(walk: Walk, node: ir.Node, axes: Sequence[Units]) -> None:
-    time, batch, directions, hidden = axes
-    first = _int(node, "layout", 0)
-    whole = [batch, time, directions, hidden] if first else [time, directions, batch, hidden]
-    last = [batch, directions, hidden] if first else [directions, batch, hidden]
-    for at, value in enumerate(node.outputs):
-        walk.set(value, whole if at == 0 else last)
+def _tie_given(walk: Walk, node: ir.Node, expected: Mapping[int, Sequence[Units]]) -> None:
+    """Tie the axes of those inputs that a node has, by position."""
+    for position, dims in expected.items():
+        value = _optional(node, position)
+        if value is not None:
+            for ours, theirs in zip(walk.units(value), dims, strict=True):
+                tie(ours, theirs)
 
 
 def _attention(walk: Walk, node: ir.Node) -> None:
     """Queries and keys share the units of a head; query heads come in groups, one per key and value head."""
-    values = [_data(node, at) for at in range(3)]
-    heads = [_int(node, "q_num_heads", 0), _int(node, "kv_num_heads", 0), _int(node, "kv_num_heads", 0)]
-    query, key, value = (_heads_and_units(walk, one, count) for one, count in zip(values, heads, strict=True))
-    each = Units(query[0].size // key[0].size)
-    tie(query[0], product_of([key[0], each]))
-    tie(key[0], value[0])
-    tie(query[1], key[1])
-    walk.meet([key[0], each])
-    walk.probe(*values)
-    for position in range(3, len(node.inputs)):
-        other = _optional(node, position)
-        if other is not None:
-            walk.freeze(other, "it is a mask or a cache")
-    if len(node.outputs) > 1 or (_optional(node, 3) is not None and _masks_heads(walk, node)):
-        query[0].freeze("masks or caches know the heads by number")
-    made = walk.units(values[0])
-    out = [made[0], query[0], made[2], value[1]]
-    packed = [made[0], made[1], product_of([query[0], value[1]])]
-    walk.set(node.outputs[0], out if len(made) == 4 else packed)
+    given = [_data(node, at) for at in range(3)]
+    walk.probe(*given)
+    heads = [_int(node, name, 0) for name in ("q_num_heads", "kv_num_heads", "kv_num_heads")]
+    query, keys, values = (_by_head(walk, one, count) for one, count in zip(given, heads, strict=True))
+    keys, values = _after_cached(walk, node, 4, keys), _after_cached(walk, node, 5, values)
+    each = Units(query[1].size // keys[1].size)
+    for one, other in ((query[0], keys[0]), (query[3], keys[3]), *zip(keys[:3], values[:3], strict=True)):
+        tie(one, other)
+    tie(query[1], product_of([keys[1], each]))
+    for units in (each, query[2], keys[2], keys[3], values[3]):
+        walk.meet([keys[1], units])
+    scores = [*query[:3], keys[2]]
+    _mask_scores(walk, node, scores)
+    made = [*query[:3], values[3]]
+    packed = [made[0], made[2], product_of([made[1], made[3]])]
+    answers = [made if len(walk.shape(given[0])) == 4 else packed, keys, values, scores]
+    for value, dims in zip(node.outputs, answers, strict=False):
+        walk.set(value, dims)
 
 
-def _masks_heads(walk: Walk, node: ir.Node) -> bool:
-    shape = walk.shape(_data(node, 3))
-    return len(shape) >= 3 and shape[-3] > 1
-
-
-def _heads_and_units(walk: Walk, value: ir.Value, heads: int) -> tuple[Units, Units]:
+def _by_head(walk: Walk, value: ir.Value, heads: int) -> list[Units]:
+    """`(rows, heads, tokens, units)`, of which the heads and their units may be packed into the last axis."""
     axes = walk.units(value)
     if len(axes) == 4:
-        return axes[1], axes[3]
-    count, units = Units(heads), Units(axes[2].size // heads)
-    tie(axes[2], product_of([count, units]))
-    return count, units
+        return axes
+    rows, tokens, packed = axes
+    count, units = Units(heads), Units(packed.size // heads)
+    tie(packed, product_of([count, units]))
+    return [rows, count, tokens, units]
+
+
+def _after_cached(walk: Walk, node: ir.Node, position: int, made: Sequence[Units]) -> list[Units]:
+    """Keys or values with those of earlier tokens before them."""
+    cache = _optional(node, position)
+    if cache is None:
+        return [*made]
+    before = walk.units(cache)
+    for axis in (0, 1, 3):
+        tie(before[axis], made[axis])
+    return [*made[:2], sum_of([before[2], made[2]]), made[3]]
+
+
+def _mask_scores(walk: Walk, node: ir.Node, scores: Sequence[Units]) -> None:
+    """A mask has the last axes of the scores `(rows, heads, tokens, tokens)`, or 1; others know tokens by number."""
+    mask, lengths = _optional(node, 3), _optional(node, 6)
+    axes = [] if mask is None else walk.units(mask)
+    for ours, theirs in zip(reversed(axes), reversed(scores), strict=False):
+        if ours.size == theirs.size:
+            tie(ours, theirs)
+        elif ours.size != 1:
+            _freeze([ours, theirs], "its mask is shorter than it is")
+    if lengths is not None or _int(node, "is_causal", 0):
+        _freeze(scores[2:], "tokens attend to those before them")
 
 
 def _rotary(walk: Walk, node: ir.Node) -> None:
-    axes = walk.units(_data(node))
     reason = "it is rotated by position: rotary pairs are locked"
-    if len(axes) == 4:
-        axes[3].freeze(reason)
-    else:
-        _, units = _heads_and_units(walk, _data(node), _int(node, "num_heads", 1))
-        units.freeze(reason)
+    _freeze(_by_head(walk, _data(node), _int(node, "num_heads", 1))[2:], reason)
     for value in node.inputs[1:]:
         if value is not None:
             walk.freeze(value, reason)
-    walk.set(node.outputs[0], axes)
+    _same(walk, node)
 
 
 def _constant(walk: Walk, node: ir.Node) -> None:

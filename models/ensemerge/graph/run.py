@@ -21,6 +21,7 @@ Arrays = Mapping[str, np.ndarray]
 class Runner:
     """A network ready to run on the CPU, whole arrays at a time, in batches of `batch_rows`.
 
+    One that was exported for a fixed number of rows gets batches of so many, `fixed_rows`.
     Raises InvalidModel when ONNX Runtime does not accept the graph.
     """
 
@@ -32,15 +33,16 @@ class Runner:
             self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no base class but this one
             raise InvalidModel(f"ONNX Runtime does not accept the model: {error}") from error
-        self._batch_rows = batch_rows
         self.inputs = {value.name: value.shape for value in self._session.get_inputs()}
+        self.fixed_rows = fixed_rows(list(self.inputs.values()))
+        self._batch_rows = self.fixed_rows or batch_rows
         self.outputs = [value.name for value in self._session.get_outputs()]
 
     def run(self, feeds: Arrays, outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """Run the network on `feeds`, arrays `(rows, …)` by input name; the outputs come back `(rows, …)`."""
         names = list(outputs or self.outputs)
         parts = list(self.batches(feeds, names))
-        return {name: np.concatenate([part[name] for part in parts]) for name in names}
+        return {name: _joined(name, [part[name] for part in parts]) for name in names}
 
     def batches(self, feeds: Arrays, outputs: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
         """The outputs batch by batch, for results too large to keep. Raises InvalidData, ExecutionFailed."""
@@ -58,8 +60,30 @@ class Runner:
             raise InvalidData(f"expected arrays for {sorted(self.inputs)}, got {sorted(feeds)}")
         counts = {len(array) if array.ndim else 0 for array in feeds.values()}
         if len(counts) != 1 or 0 in counts:
-            raise InvalidData(f"expected arrays with one number of rows, at least 1; got {sorted(counts)}")
-        return counts.pop()
+            shapes = {name: array.shape for name, array in feeds.items()}
+            raise InvalidData(f"expected arrays with one number of rows, at least 1; got {shapes}")
+        (rows,) = counts
+        if self.fixed_rows and rows % self.fixed_rows:
+            raise InvalidData(f"the model takes {self.fixed_rows} rows at once; expected a multiple, got {rows} rows")
+        return rows
+
+
+def fixed_rows(shapes: Sequence[Sequence[object]]) -> int | None:
+    """How many rows inputs of these shapes have; None where their number may vary."""
+    first = {shape[0] if shape else None for shape in shapes}
+    (rows,) = first if len(first) == 1 else (None,)
+    return rows if isinstance(rows, int) else None
+
+
+def _joined(name: str, parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The answers of all batches as one. Raises InvalidModel for an output that has no rows."""
+    if not all(isinstance(part, np.ndarray) for part in parts):
+        raise InvalidModel(f"output '{name}' is no tensor; expected an answer for each row")
+    if len(parts) == 1:
+        return parts[0]
+    if not all(part.ndim for part in parts):
+        raise InvalidModel(f"output '{name}' is one number for all rows of a batch; expected an answer for each row")
+    return np.concatenate(parts)
 
 
 def _serialized(model: ir.Model) -> bytes:

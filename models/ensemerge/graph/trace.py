@@ -36,9 +36,10 @@ def trace(model: ir.Model, feeds: Arrays | None = None) -> Trace:
     """Run the network on `feeds`, or on made-up inputs. Raises InvalidModel where none are found that it takes."""
     shown = _with_all_outputs(model)
     runner = Runner(shown)
-    names = list(runner.outputs)
-    values = _first_that_runs(runner, model, names) if feeds is None else _run(runner, feeds, names)
-    values = {**values, **{name: tensor.numpy() for name, tensor in _held_arrays(model).items()}}
+    found = _that_run(runner, model) if feeds is None else _run(runner, _few(runner, feeds))
+    # Sequences have no shape.
+    values = {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
+    values |= {name: tensor.numpy() for name, tensor in _held_arrays(model).items()}
     numbers = {
         name: array for name, array in values.items() if array.dtype.kind in "iub" and array.size <= MOST_NUMBERS
     }
@@ -58,21 +59,31 @@ def _held_arrays(model: ir.Model) -> dict[str, ir.TensorProtocol]:
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-def _first_that_runs(runner: Runner, model: ir.Model, names: list[str]) -> dict[str, np.ndarray]:
+def inputs_that_run(model: ir.Model) -> Arrays:
+    """Made-up inputs with which a network runs. Raises InvalidModel where none are found."""
+    found = _that_run(Runner(model), model)
+    return {named(value): found[named(value)] for value in model.graph.inputs if named(value) in found}
+
+
+def _that_run(runner: Runner, model: ir.Model) -> dict[str, np.ndarray]:
     reasons = []
     for size in SIZES:
-        feeds = made_up(model, ROWS, size)
         try:
-            return _run(runner, feeds, names)
+            return _run(runner, made_up(model, ROWS, size))
         except EnsemergeError as error:
             reasons.append(str(error))
     raise InvalidModel(f"the network runs on no made-up input, give calibration data: {reasons[0]}")
 
 
-def _run(runner: Runner, feeds: Arrays, names: list[str]) -> dict[str, np.ndarray]:
-    """The inputs and all values for a few rows: some values do not have a batch, and cannot be put together."""
-    few = {name: array[:ROWS] for name, array in feeds.items()}
-    return {**few, **next(iter(runner.batches(few, names)))}
+def _run(runner: Runner, feeds: Arrays) -> dict[str, np.ndarray]:
+    """The inputs and all that one batch of them makes: some values have no rows, and cannot be put together."""
+    return {**feeds, **next(runner.batches(feeds, runner.outputs))}
+
+
+def _few(runner: Runner, feeds: Arrays) -> Arrays:
+    """As many rows as a trace needs."""
+    rows = runner.fixed_rows or ROWS
+    return {name: array[:rows] if array.ndim else array for name, array in feeds.items()}
 
 
 def made_up(model: ir.Model, rows: int, size: int, seed: int = 0) -> dict[str, np.ndarray]:

@@ -84,6 +84,14 @@ class Walk:
         """These occur together in something that the operator computes on the way, such as a mean."""
         self.meetings.append(list(units))
 
+    def mix(self, units: Sequence[Units], along: Collection[int]) -> None:
+        """What lies at the places along these axes goes into one another: all else has one order for all of them."""
+        self.meet([unit for at, unit in enumerate(units) if at not in along])
+
+    def knows(self, value: ir.Value) -> bool:
+        """Whether a value is a tensor that was seen: sequences, for example, have no axes."""
+        return held(value) is not None or named(value) in self.trace.shapes
+
     def freeze(self, value: ir.Value, reason: str) -> None:
         for unit in self.units(value):
             unit.freeze(reason)
@@ -92,25 +100,38 @@ class Walk:
         """An operator sums over units of these values: a place to look at activations."""
         self.read.append([value for value in values if held(value) is None])
 
-    def depends_on_input(self, value: ir.Value) -> bool:
-        """Whether more than the sizes of the inputs decides what a value is."""
+    def is_settled(self, value: ir.Value) -> bool:
+        """Whether a value is the same for all inputs, whatever they hold and however long they are."""
         waiting, seen = [value], set()
         while waiting:
             one = waiting.pop()
             node = one.producer()
             if one in seen or held(one) is not None:
                 continue
-            if node is None:
-                return True
             seen.add(one)
-            waiting += [
-                before for before in node.inputs if before is not None and node.op_type not in ("Shape", "Size")
-            ]
-        return False
+            if node is None or subgraphs(node):
+                return False
+            sizes = _sizes_read(self, node)
+            if not all(self._is_static(*place) for place in sizes or ()):
+                return False
+            if sizes is None:
+                waiting += [before for before in node.inputs if before is not None]
+        return True
+
+    def _is_static(self, value: ir.Value, axis: int) -> bool:
+        """Whether the size of an axis is that of a weight: inputs, places and copies may be more or fewer."""
+        if held(value) is not None:
+            return True
+        dim = self.dims[value][axis]
+        units = dim.choices[0] if isinstance(dim, Varying) else dim
+        return isinstance(units, Units) and not any(leaf.frozen for leaf in units.leaves)
 
     def _first_seen(self, value: ir.Value) -> Sequence[Units]:
-        if held(value) is None:
+        tensor = held(value)
+        if tensor is None:
             return self.fresh(value, "it is an input")
+        if not tensor.dtype.is_floating_point():
+            return self.fresh(value, "it meets a table of whole numbers, which stays as it is")
         return self.fresh(value, "it is equal in all networks" if named(value) in self._fixed else None)
 
 
@@ -155,8 +176,28 @@ def _unpacked(whole: Units, sizes: Sequence[int], leading: int) -> list[Dim]:
     return [*(Units(1) for _ in range(leading)), index, *varying]
 
 
+def _sizes_read(walk: Walk, node: ir.Node) -> list[tuple[ir.Value, int]] | None:
+    """The axes, each of some value, whose sizes a node answers with; None for one that does something else."""
+    if node.op_type == "Shape":
+        value = _first(node)
+        start, end = (node.attributes[name].as_int() if name in node.attributes else None for name in ("start", "end"))
+        return [(value, axis) for axis in range(len(walk.shape(value)))[start:end]]
+    if node.op_type == "Size":
+        return [(_first(node), axis) for axis in range(len(walk.shape(_first(node))))]
+    before = node.inputs[0].producer() if node.op_type == "Gather" and node.inputs[0] is not None else None
+    if before is None or before.op_type != "Shape" or node.inputs[1] is None or held(node.inputs[1]) is None:
+        return None
+    places = _sizes_read(walk, before) or []
+    return [places[number] for number in walk.numbers(node.inputs[1]) or []]
+
+
 def matching_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Which axes of a shape became which of another: the shortest stretches with equal products, in order."""
+    """Which axes of a shape became which of another: the shortest stretches with equal products, in order.
+
+    Raises ValueError for empty tensors, which have no such stretches.
+    """
+    if 0 in (*old, *new):
+        raise ValueError(f"an empty tensor: {list(old)} to {list(new)}")
     groups = []
     i = j = 0
     while i < len(old) or j < len(new):
@@ -191,8 +232,7 @@ def _axes_read(walk: Walk, node: ir.Node) -> list[int]:
     if value is None or named(value) not in walk.trace.shapes:
         return []
     if node.op_type == "Slice":
-        given = walk.numbers(node.inputs[3] if len(node.inputs) > 3 else None)
-        axes = given if given is not None else range(len(walk.numbers(node.inputs[1]) or []))
+        axes = [axis for axis, *_ in cuts(walk, node) or []]
     else:
         axes = [node.attributes["axis"].as_int() if "axis" in node.attributes else 0]
     return [axis % len(walk.shape(value)) for axis in axes]
@@ -241,6 +281,12 @@ def _first(node: ir.Node) -> ir.Value:
     return value
 
 
+def subgraphs(node: ir.Node) -> list[ir.Graph]:
+    """The bodies of an operator that branches or loops."""
+    attributes = node.attributes.values()
+    return [attribute.as_graph() for attribute in attributes if attribute.type == ir.AttributeType.GRAPH]
+
+
 def permutation(walk: Walk, node: ir.Node) -> list[int]:
     """For each axis of a Transpose's output, the input's."""
     given = node.attributes.get("perm")
@@ -263,6 +309,21 @@ def unsqueezed(walk: Walk, node: ir.Node) -> set[int]:
 
 def axes_of(walk: Walk, node: ir.Node, position: int) -> list[int] | None:
     """The axes that a node names, as an attribute or as its input number `position`; None where it names none."""
-    if "axes" in node.attributes:
-        return list(node.attributes["axes"].as_ints())
+    return _listed(walk, node, "axes", position)
+
+
+def cuts(walk: Walk, node: ir.Node) -> list[tuple[int, int, int, int]] | None:
+    """What a Slice takes: axis, start, end and step of each axis that it cuts; None where it is not known."""
+    starts, ends, axes, steps = (
+        _listed(walk, node, name, at) for at, name in enumerate(("starts", "ends", "axes", "steps"), 1)
+    )
+    if starts is None or ends is None:
+        return None
+    return list(zip(axes or range(len(starts)), starts, ends, steps or [1] * len(starts), strict=True))
+
+
+def _listed(walk: Walk, node: ir.Node, name: str, position: int) -> list[int] | None:
+    """Whole numbers that older operators have as an attribute, and newer ones as an input."""
+    if name in node.attributes:
+        return list(node.attributes[name].as_ints())
     return walk.numbers(node.inputs[position]) if len(node.inputs) > position else None

@@ -28,11 +28,11 @@ from ensemerge.graph.derive import derive_symmetry
 from ensemerge.graph.files import named
 from ensemerge.graph.heads import Head, with_heads
 from ensemerge.graph.permute import Weights, move, random_permutations
-from ensemerge.graph.run import Arrays
+from ensemerge.graph.run import Arrays, fixed_rows
 from ensemerge.graph.statistics import statistics_of
 from ensemerge.graph.surgery import held
 from ensemerge.graph.symmetry import Permutations, Product
-from ensemerge.graph.trace import ROWS, SIZES, made_up
+from ensemerge.graph.trace import inputs_that_run
 from ensemerge.merge.alignment_spec import ACTIVATIONS, BOTH, TRANSPORT, WEIGHTS, ZIP, Alignment
 from ensemerge.merge.onnx_forms import PairedModels
 from ensemerge.merge.opened import OpenModel
@@ -60,6 +60,8 @@ class Aligned:
     orders: Orders = field(default_factory=dict)
 
 
+# So many rows of data are proof enough that a network is still itself.
+PROOF_ROWS = 16
 # How good a merge of aligned networks would be: larger is better.
 Score = Callable[["Aligned"], float]
 ALPHAS = tuple(round(0.1 * step, 1) for step in range(11))
@@ -78,6 +80,8 @@ def align_models(
     how good a merge of aligned models would be, which the search for an `alpha` needs. Raises InvalidSpec without
     them, InvalidData where data or weights do not fit, CheckFailed where a network changes.
     """
+    if len(paired.models) < 2:
+        raise InvalidSpec(f"there is nothing to align {paired.donor} with; expected at least two models")
     if alignment.matching == TRANSPORT:
         return _transported(paired, alignment, feeds, notify)
     networks = _Networks(paired, feeds)
@@ -210,7 +214,7 @@ class _Networks:
         graph, pairs = self._paired.graphs[name], self._paired.pairings[name]
         own = {named(ours): named(theirs) for ours, theirs in pairs.items()}
         symmetry = replace(self.symmetry, weights={own[w]: axes for w, axes in self.symmetry.weights.items()})
-        probes = [self._probe(graph)] if self._feeds is None else [_few(self._feeds), self._probe(graph)]
+        probes = self._probes(graph)
         moved_graph = permuted(graph, symmetry, permutations)
         if self._paired.heads:
             head = Head(name, self._paired.heads[name])
@@ -239,8 +243,9 @@ class _Networks:
     def _tables(self, by: str, notify: Notify, *, within: bool) -> dict[tuple[int, int], Tables]:
         """Similarities by activations, of pairs of networks, or of networks with themselves as well."""
         if self._feeds is None:
+            what = "a zip" if within else f"similarity by {by}"
             raise InvalidSpec(
-                f"similarity by {by} needs data: expected `calibration: {{data: FILE.npz}}`, or alignment by weights"
+                f"{what} needs data: expected `calibration: {{data: FILE.npz}}`, or `matching: align` by weights"
             )
         if within not in self._measured:
             count = len(self._names)
@@ -254,27 +259,23 @@ class _Networks:
         pairs = self._paired.pairings[name]
         return Observed(self._paired.graphs[name], {named(ours): named(theirs) for ours, theirs in pairs.items()})
 
-    def _probe(self, graph: ir.Model) -> Arrays:
+    def _probes(self, graph: ir.Model) -> list[Arrays]:
+        """Some rows of the data, and noise of their shape; made-up inputs where there are no data."""
         if self._feeds is None:
-            return made_up(graph, ROWS, SIZES[0])
+            return [inputs_that_run(graph)]
+        rows = fixed_rows([list(value.shape or ()) for value in graph.graph.inputs]) or PROOF_ROWS
+        few = {name: array[:rows] for name, array in self._feeds.items()}
         generator = np.random.default_rng(1)
-        few = _few(self._feeds)
-        return {
+        noise = {
             name: generator.standard_normal(array.shape).astype(array.dtype) if array.dtype.kind == "f" else array
             for name, array in few.items()
         }
+        return [few, noise]
 
 
 def _share(alignment: Alignment) -> float:
     """Of similarity by weights."""
     return {WEIGHTS: 1.0, ACTIVATIONS: 0.0}.get(alignment.by, alignment.alpha or 0.0)
-
-
-PROOF_ROWS = 16
-
-
-def _few(feeds: Arrays) -> Arrays:
-    return {name: array[:PROOF_ROWS] for name, array in feeds.items()}
 
 
 def _tensors(paired: PairedModels, name: str) -> Weights:
