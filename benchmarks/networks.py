@@ -1,6 +1,7 @@
-"""What the benchmarks serve: a tiny, a middling and a large network, built on the spot with random weights.
+"""The benchmarks' networks, built on the spot.
 
-Speed does not depend on what the weights are, as long as no value underflows, so nothing is trained or downloaded.
+Three are served, a tiny, a middling and a large one, with random weights: speed does not depend on what the weights
+are, as long as no value underflows. Others are trained and merged, or aligned.
 """
 
 from __future__ import annotations
@@ -53,12 +54,77 @@ class MeanOverPositions(nn.Module):
         return features.mean((2, 3))
 
 
-def residual_network() -> nn.Module:
-    """ResNet-20 for images `(batch, 3, 32, 32)`, 0.27 M weights: nine blocks on 16, 32 and 64 channels."""
-    channels = (16, 16, 16, 16, 32, 32, 32, 64, 64, 64)
+def residual_network(width: int = 1, outputs: int = CLASSES) -> nn.Module:
+    """ResNet-20 for images `(batch, 3, 32, 32)`: nine blocks on 16, 32 and 64 channels, times `width`.
+
+    0.27 M weights times width².
+    """
+    channels = [width * few for few in (16, 16, 16, 16, 32, 32, 32, 64, 64, 64)]
     blocks = [ResidualBlock(before, after, stride=1 if before == after else 2) for before, after in pairwise(channels)]
-    head = (MeanOverPositions(), nn.Linear(channels[-1], CLASSES))
+    head = (MeanOverPositions(), nn.Linear(channels[-1], outputs))
     return nn.Sequential(_convolution(3, channels[0], 3, 1), nn.ReLU(), *blocks, *head)
+
+
+def plain_network(width: int = 1, outputs: int = CLASSES) -> nn.Module:
+    """VGG-11 without normalisation for images `(batch, 3, 32, 32)`: eight convolutions, a linear head.
+
+    16 to 128 channels times `width`, 0.58 M weights times width²; width 4 is the published size (Simonyan and Zisserman
+    2014, arXiv:1409.1556, table 1, A). Stages are halved by max pooling.
+    """
+    stages = ((1,), (2,), (4, 4), (8, 8), (8, 8))
+    layers: list[nn.Module] = []
+    before = 3
+    for channels in stages:
+        for after in (16 * width * factor for factor in channels):
+            convolution = nn.Conv2d(before, after, 3, padding=1)
+            # With torch's own start the signal fades from layer to layer, and nothing normalises it.
+            nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
+            layers += [convolution, nn.ReLU()]
+            before = after
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(before, outputs))
+
+
+class BottleneckBlock(nn.Module):
+    """Three convolutions beside a shortcut (He et al. 2015, arXiv:1512.03385, figure 5), strided in the middle one."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int, scale: float) -> None:
+        super().__init__()
+        channels_out = 4 * channels
+        self.path = nn.Sequential(
+            _convolution(channels_in, channels, 1, 1),
+            nn.ReLU(),
+            _convolution(channels, channels, 3, stride),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels_out, 1, bias=False),
+            _scaled_norm(channels_out, scale),
+        )
+        same = channels_in == channels_out and stride == 1
+        self.shortcut = nn.Identity() if same else _convolution(channels_in, channels_out, 1, stride)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """`(batch, channels_in, height, width)` to `(batch, 4·channels, height / stride, width / stride)`."""
+        return functional.relu(self.path(features) + self.shortcut(features))
+
+
+def _scaled_norm(channels: int, scale: float) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(channels)
+    nn.init.constant_(norm.weight, scale)
+    return norm
+
+
+def bottleneck_network(scale: float, outputs: int = 1000) -> nn.Module:
+    """ResNet-50 for images `(batch, 3, height, width)`, 25.6 M weights (arXiv:1512.03385, table 1).
+
+    `scale` is how much each block adds to its shortcut at first.
+    """
+    layers: list[nn.Module] = [_convolution(3, 64, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, padding=1)]
+    before = 64
+    for channels, blocks, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+        for number in range(blocks):
+            layers.append(BottleneckBlock(before, channels, 1 if number else stride, scale))
+            before = 4 * channels
+    return nn.Sequential(*layers, MeanOverPositions(), nn.Linear(before, outputs))
 
 
 def _convolution(channels_in: int, channels_out: int, size: int, stride: int) -> nn.Module:

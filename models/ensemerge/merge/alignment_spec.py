@@ -55,7 +55,7 @@ class Alignment:
         if self.starts < 0:
             raise InvalidSpec(f"'starts' is {self.starts}; expected at least 0")
         if not 0 <= self.regularization < math.inf:
-            raise InvalidSpec(f"'regularization' is {self.regularization}; expected a number of at least 0")
+            raise InvalidSpec(f"'regularization' is {self.regularization}; expected at least 0, and finite")
         if self.matching == TRANSPORT and self.by != WEIGHTS:
             raise InvalidSpec(f"'by' is '{self.by}'; a transport compares weights, expected '{WEIGHTS}'")
 

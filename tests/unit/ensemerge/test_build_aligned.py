@@ -182,7 +182,7 @@ REFUSED: list[tuple[dict[str, Any], type[EnsemergeError], str]] = [
     ({"align": {"starts": -1}}, InvalidSpec, "'starts' is -1; expected at least 0"),
     ({"align": {"budget": 1.5, "matching": "zip"}}, InvalidSpec, "'budget' is 1.5; expected a value from 0 to 1"),
     ({"align": {"by": "both", "matching": "transport"}}, InvalidSpec, "a transport compares weights"),
-    ({"merge_method": "ot_fusion", "parameters": {"regularization": -1}}, InvalidSpec, "expected at least 0"),
+    ({"merge_method": "ot_fusion", "parameters": {"regularization": -1}}, InvalidSpec, "at least 0"),
     ({"trunk": "meen"}, InvalidSpec, "net has no such value; did you mean 'mean'"),
     ({"trunk": "relu_3"}, InvalidModel, "do not follow from 'relu_3' alone"),
 ]

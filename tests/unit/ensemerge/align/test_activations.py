@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from support.graphs import from_text
 from support.zoo import ZOO, exported, feeds
 
 from ensemerge.align.activations import Observed, correlate
 from ensemerge.align.proof import permuted, prove_same
+from ensemerge.align.similarity import Tables
 from ensemerge.errors import CheckFailed, ExecutionFailed, InvalidData
 from ensemerge.graph.derive import derive_symmetry
 from ensemerge.graph.permute import random_permutations
@@ -79,3 +81,49 @@ def test_a_network_that_changed_is_found_out() -> None:
     other = with_weights(model, {"0.bias": bias.numpy() + np.float32(0.01)})
     with pytest.raises(CheckFailed, match="expected at most 1e-05"):
         prove_same(model, other, [feeds("mlp")])
+
+
+def test_units_within_tokens_that_stay_in_place() -> None:
+    """A matrix of its own for each of three tokens: the units of each are compared among themselves, and all."""
+    model = from_text(
+        """
+        <ir_version: 10, opset_import: ["" : 20]>
+        net (float[batch, 3, 2] x) => (float[batch, 3, 1] y)
+        <float[3, 2, 2] a = {1,2,-3,1,2,-1,1,1,-2,1,2,3}, float[3, 2, 1] c = {1,2,3,4,5,6}>
+        { h = Einsum<equation="btf,tfu->btu">(x, a) t = Tanh(h) y = Einsum<equation="btu,tuk->btk">(t, c) }
+        """
+    )
+    symmetry = derive_symmetry(model)
+    (space,) = symmetry.free
+    assert [symmetry.spaces[outer].size for outer in space.within] == [3]
+    given = {"x": np.random.default_rng(0).standard_normal((50, 3, 2)).astype(np.float32)}
+    found = correlate(symmetry, [Observed(model, {v: v for v in symmetry.values})], given, [(0, 0)])
+    seen = Runner(up_to(model, ["t"])).run(given)["t"].reshape(50, 6)
+    assert np.abs(found[0, 0].tables[space.name] - np.corrcoef(seen.T)).max() < 1e-5
+
+
+def test_a_network_in_which_nothing_may_move() -> None:
+    model = exported("mlp")
+    symmetry = derive_symmetry(model, fixed=set(model.graph.initializers))
+    found = correlate(symmetry, [Observed(model, {})], feeds("mlp"), [(0, 0)])
+    assert found == {(0, 0): Tables({})}
+
+
+def test_texts_are_the_same_or_not() -> None:
+    model = from_text(
+        """
+        <ir_version: 10, opset_import: ["" : 20]>
+        net (string[batch] x) => (string[batch] y) <string one = {"a"}>
+        { y = StringConcat(x, one) }
+        """
+    )
+    given = {"x": np.array(["b", "c"], dtype=object)}
+    assert prove_same(model, model, [given]).difference == 0
+    other = from_text(
+        """
+        <ir_version: 10, opset_import: ["" : 20]>
+        net (string[batch] x) => (string[batch] y) { y = Identity(x) }
+        """
+    )
+    with pytest.raises(CheckFailed):
+        prove_same(model, other, [given])

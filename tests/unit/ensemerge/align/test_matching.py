@@ -174,3 +174,16 @@ def test_ignored_weights_do_not_count() -> None:
     with_all, without = (WeightProducts(ignored).table(pair, space) for ignored in ((), ("0.bias",)))
     expected = with_all - np.outer(weights["0.bias"], weights["0.bias"] * 100)
     assert np.abs(without - expected).max() < 1e-3
+
+
+@pytest.mark.parametrize("mean", [1e3, -1e4])
+def test_correlations_around_a_large_mean(mean: float) -> None:
+    generator = np.random.default_rng(0)
+    samples = (mean + generator.standard_normal((3, 4000))).astype(np.float32)
+    samples[2] = mean
+    moments = Moments(3, 3)
+    for part in range(0, 4000, 500):
+        moments.add(samples[:, part : part + 500], samples[:, part : part + 500])
+    expected = np.zeros((3, 3))
+    expected[:2, :2] = np.corrcoef(samples[:2].astype(np.float64))
+    assert np.abs(moments.correlations() - expected).max() < 1e-4
